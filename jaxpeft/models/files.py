@@ -1,0 +1,78 @@
+"""Weights on disk, seen as named Hugging Face tensors that are read one at a time."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxpeft.models.config import DecoderConfig, read_config
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk.
+
+    `shapes` maps Hugging Face tensor names to shapes; `read` gives one of these tensors as a numpy
+    array in the stored (or dequantized) dtype; `where` names the file for error messages.
+    """
+
+    config: DecoderConfig
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+    where: str
+
+
+def open_directory(directory: str | Path) -> Checkpoint:
+    """A Hugging Face directory: `config.json` and one or several safetensors files.
+
+    Args:
+        directory: the model directory.
+
+    Returns:
+        The checkpoint; tensors are memory-mapped until they are read.
+
+    Raises:
+        FileNotFoundError: the configuration or a weight file is absent.
+        ValueError: a file is damaged.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    opened = {path: _open(path) for path in _weight_files(directory)}
+    owner = {name: file for file in opened.values() for name in file.keys()}
+    shapes = {name: tuple(f.get_slice(name).get_shape()) for name, f in owner.items()}
+    return Checkpoint(config, shapes, lambda name: owner[name].get_tensor(name), str(directory))
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    if not (directory / INDEX).is_file():
+        found = sorted(p.name for p in directory.iterdir())
+        raise FileNotFoundError(
+            f"{directory} holds neither {WEIGHTS} nor {INDEX}, but {', '.join(found)}. "
+            "Save the model as safetensors: `model.save_pretrained(directory)` in transformers."
+        )
+    index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+    paths = [directory / name for name in sorted(set(index["weight_map"].values()))]
+    absent = [path.name for path in paths if not path.is_file()]
+    if absent:
+        raise FileNotFoundError(
+            f"{directory / INDEX} names {len(paths)} files, of which {', '.join(absent)} "
+            "do not exist. Download the missing shards."
+        )
+    return paths
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged or no safetensors file: {error}. Download it again."
+        ) from error
