@@ -51,7 +51,9 @@ def _report(first: str, n: int, total: int, max_length: int) -> None:
     )
     if n == total:
         raise ValueError(f"{message}, so there is nothing to train on. Use a larger max_length.")
-    warnings.warn(f"{message} and are left out. Use a larger max_length to keep them.", stacklevel=3)
+    warnings.warn(
+        f"{message} and are left out. Use a larger max_length to keep them.", stacklevel=3
+    )
 
 
 def _tokenize(texts: Sequence[Rendered], tokenizer: Any) -> list[Example]:

@@ -104,21 +104,21 @@ def check(fields: Any, where: str) -> None:
     if "messages" in keys:
         _check_messages(fields["messages"], where)
         return
-    for needed in (("prompt", "completion"), ("instruction", "output"), ("text",)):
-        if keys >= set(needed):
-            optional = ("input",) if needed[0] == "instruction" and fields.get("input") else ()
-            _check_strings(fields, (*needed, *optional), where)
+    for source, target in (("prompt", "completion"), ("instruction", "output"), ("text", "text")):
+        if keys >= {source, target}:
+            optional = {"input"} if source == "instruction" and fields.get("input") else set()
+            _check_strings(fields, {source, target} | optional, target, where)
             return
     raise ValueError(f"{where}: keys {sorted(keys)} are none of these:\n{_allowed()}")
 
 
-def _check_strings(fields: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
-    for key in keys:
+def _check_strings(fields: Mapping[str, Any], keys: set[str], target: str, where: str) -> None:
+    for key in sorted(keys):
         if not isinstance(fields[key], str):
             kind = type(fields[key]).__name__
             raise ValueError(f"{where}: {key!r} is a {kind}. Give a string.")
-    if not fields[keys[-1 if "input" not in keys else 1]]:
-        raise ValueError(f"{where}: {keys[-1]!r} is empty, so there is nothing to learn.")
+    if not fields[target]:
+        raise ValueError(f"{where}: {target!r} is empty, so there is nothing to learn.")
 
 
 def _check_messages(messages: Any, where: str) -> None:
