@@ -52,8 +52,8 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    old = {s: signal.getsignal(s) for s in signals}
-    seen = []
+    old: dict[int, Any] = {s: signal.getsignal(s) for s in signals}
+    seen: list[int] = []
 
     def handler(number: int, frame: Any) -> None:
         seen.append(number)

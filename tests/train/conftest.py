@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jaxpeft import train
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -50,23 +51,26 @@ def make_params():
     return {"embedding": jnp.asarray(embedding, "float32"), "kernel": jnp.asarray(kernel, "f4")}
 
 
-def make_batches(batch_size=4):
+def make_batches(batch_size=4, lengths=(24,)):
     rng = np.random.default_rng(2)
     examples = []
     for length in (3, 9, 5, 14, 20, 7, 4, 11, 6, 8):
         tokens = rng.integers(0, VOCABULARY, length)
         examples.append(train.Example(tokens, np.arange(length) >= length // 2))
-    return train.Batches(examples, batch_size, seed=3, lengths=(8, 24))
+    return train.Batches(examples, batch_size, seed=3, lengths=lengths)
 
 
 @pytest.fixture(scope="session")
 def tiny():
+    optimizer = optax.adam(0.05)
     return SimpleNamespace(
         loss_fn=loss_fn,
         adapter=make_adapter,
         params=make_params(),
         batches=make_batches,
         trainable=TRAINABLE,
+        optimizer=optimizer,
+        step=train.make_step(loss_fn, optimizer, trainable=TRAINABLE),
     )
 
 

@@ -107,9 +107,15 @@ def test_labels_give_groups_their_own_rate(tiny):
 
 
 def test_one_compilation_a_length(tiny):
-    _, _, step = run(tiny, optax.adam(0.1), steps=6)
-    lengths = {tiny.batches()(i).tokens.shape for i in range(6)}
-    assert len(lengths) == 2
+    state = train.init_state(
+        tiny.adapter(), tiny.optimizer, jax.random.key(0), trainable=tiny.trainable
+    )
+    step = train.make_step(tiny.loss_fn, tiny.optimizer, trainable=tiny.trainable)
+    batches, sizes = tiny.batches(lengths=(8, 24)), {}
+    for i in range(6):
+        state, _ = step(state, tiny.params, batches(i))
+        sizes.setdefault(batches(i).tokens.shape, step._cache_size())
+    assert len(sizes) == 2 and sorted(sizes.values()) == [1, 2]
     assert step._cache_size() == 2
 
 
