@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxpeft.core.tree import HOLE, combine
 from jaxpeft.train.loss import LossFn
 
 Step = Callable[["State", Any, Any], tuple["State", "Metrics"]]
@@ -43,17 +44,12 @@ class Metrics(NamedTuple):
     tokens: jax.Array
 
 
-def _active(adapter: Any, trainable: Any) -> Any:
-    """The adapter with an empty node in place of each fixed leaf."""
+def _split(adapter: Any, trainable: Any) -> tuple[Any, Any]:
+    """The trained leaves and the fixed ones, each with holes where the other has a leaf."""
     if trainable is None:
-        return adapter
-    return jax.tree.map(lambda x, t: x if t else optax.MaskedNode(), adapter, trainable)
-
-
-def _combine(active: Any, adapter: Any) -> Any:
-    """Inverse of `_active`: fills the empty nodes from `adapter`."""
-    hole = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
-    return jax.tree.map(lambda a, x: x if hole(a) else a, active, adapter, is_leaf=hole)
+        trainable = jax.tree.map(lambda _: True, adapter)
+    active = jax.tree.map(lambda x, t: x if t else HOLE, adapter, trainable)
+    return active, jax.tree.map(lambda x, t: HOLE if t else x, adapter, trainable)
 
 
 def init_state(
@@ -84,7 +80,7 @@ def init_state(
       [(), (2,), (2,)]
     """
     adapter = jax.tree.map(jnp.copy, adapter)
-    opt_state = optimizer.init(_active(adapter, trainable))
+    opt_state = optimizer.init(_split(adapter, trainable)[0])
     return State(adapter, opt_state, jnp.zeros((), jnp.int32), jax.random.clone(key))
 
 
@@ -102,7 +98,9 @@ def _micro_batches(batch: Any, n: int) -> Any:
     return jax.tree.map(split, batch)
 
 
-def _accumulate(grad_fn: Callable[..., Any], active: Any, batch: Any, key: jax.Array, n: int):
+def _accumulate(
+    grad_fn: Callable[..., Any], active: Any, batch: Any, key: jax.Array, n: int
+) -> Any:
     """Sums `((total, count), grads)` of the micro-batches in float32."""
     if n == 1:
         return grad_fn(active, batch, key)
@@ -159,33 +157,22 @@ def make_step(
 
     def step(state: State, params: Any, batch: Any) -> tuple[State, Metrics]:
         def total_and_count(active: Any, micro: Any, key: jax.Array) -> Any:
-            return loss_fn(_combine(active, state.adapter), params, micro, key)
+            return loss_fn(combine(active, fixed), params, micro, key)
 
-        active = _active(state.adapter, trainable)
+        active, fixed = _split(state.adapter, trainable)
         grad_fn = jax.value_and_grad(total_and_count, has_aux=True)
         key = jax.random.fold_in(state.key, state.step)
         (total, count), grads = _accumulate(grad_fn, active, batch, key, micro_batches)
         scale = 1.0 / jnp.maximum(count, 1.0)
         grads = jax.tree.map(lambda g, x: (g * scale).astype(x.dtype), grads, active)
         metrics = Metrics(total * scale, optax.tree.norm(grads), count)
-        return _update(state, optimizer, active, grads, metrics), metrics
+        updates, opt_state = optimizer.update(grads, state.opt_state, active)
+        adapter = combine(optax.apply_updates(active, updates), fixed)
+        after = State(adapter, opt_state, state.step + 1, state.key)
+        finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state), metrics
 
     return jax.jit(step, donate_argnums=0)
-
-
-def _update(
-    state: State,
-    optimizer: optax.GradientTransformation,
-    active: Any,
-    grads: Any,
-    metrics: Metrics,
-) -> State:
-    """The next state, or the same one where the loss or the gradient is not finite."""
-    updates, opt_state = optimizer.update(grads, state.opt_state, active)
-    adapter = _combine(optax.apply_updates(active, updates), state.adapter)
-    after = State(adapter, opt_state, state.step + 1, state.key)
-    finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
-    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
 
 
 def make_evaluation(loss_fn: LossFn) -> Evaluation:
