@@ -1,0 +1,1 @@
+"""The transform engine: structured weights, lift, sites, rules. No Flax here."""

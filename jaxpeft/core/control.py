@@ -1,0 +1,193 @@
+"""Programs inside programs: the only place that knows how JAX encodes higher-order primitives.
+
+Each rule re-emits one primitive through the public function of its name, with structured weights
+let into the body. A rule returns None where it does not know the encoding (another JAX version, a
+new parameter); the weight is then materialized in front of the primitive, which is always right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.extend import core as jex
+
+from jaxpeft.core.structured import Structured, restack, unstack
+
+Values = list[Any]
+Evaluate = Callable[[Any, Sequence[Any], Sequence[Any]], Values]
+
+
+class Scan(NamedTuple):
+    body: Any
+    consts: int
+    carry: int
+    length: int
+    reverse: bool
+    unroll: Any
+
+
+class While(NamedTuple):
+    cond: Any
+    cond_consts: int
+    body: Any
+    body_consts: int
+
+
+def open_jaxpr(closed: Any) -> tuple[Any, Sequence[Any]]:
+    """The jaxpr and its constants, of a closed jaxpr or of a plain one."""
+    return getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
+
+
+def read_scan(params: dict[str, Any]) -> Scan | None:
+    known = {"jaxpr", "num_consts", "num_carry", "length", "reverse", "unroll"}
+    if not known <= set(params) or set(params) - known - {"linear", "_split_transpose"}:
+        return None
+    return Scan(
+        *(
+            params[name]
+            for name in ("jaxpr", "num_consts", "num_carry", "length", "reverse", "unroll")
+        )
+    )
+
+
+def read_while(params: dict[str, Any]) -> While | None:
+    names = ("cond_jaxpr", "cond_nconsts", "body_jaxpr", "body_nconsts")
+    return While(*(params[name] for name in names)) if set(params) == set(names) else None
+
+
+def read_call(params: dict[str, Any]) -> Any | None:
+    """The one program of a call-like primitive (`jit`, `closed_call`, `remat`)."""
+    return params.get("jaxpr", params.get("call_jaxpr"))
+
+
+def invariant(body: Any, first: int, count: int) -> list[bool]:
+    """For each of `count` loop carries, whether the body hands it on as it came."""
+    return [body.outvars[i] is body.invars[first + i] for i in range(count)]
+
+
+def inline(eqn: Any, values: Values, evaluate: Evaluate) -> Values | None:
+    program = read_call(eqn.params)
+    return None if program is None else evaluate(*open_jaxpr(program), values)
+
+
+def checkpoint(eqn: Any, values: Values, evaluate: Evaluate) -> Values | None:
+    if not {"jaxpr", "prevent_cse", "policy"} <= set(eqn.params):
+        return None
+    jaxpr, consts = open_jaxpr(eqn.params["jaxpr"])
+    again = jax.checkpoint(
+        lambda args: evaluate(jaxpr, consts, args),
+        prevent_cse=eqn.params["prevent_cse"],
+        policy=eqn.params["policy"],
+    )
+    return again(values)
+
+
+def cond(eqn: Any, values: Values, evaluate: Evaluate) -> Values | None:
+    if "branches" not in eqn.params or isinstance(values[0], Structured):
+        return None
+    index, *operands = values
+
+    def branch(closed: Any) -> Callable[[Values], Values]:
+        jaxpr, consts = open_jaxpr(closed)
+        return lambda args: _dense(evaluate(jaxpr, consts, args))
+
+    return lax.switch(index, [branch(closed) for closed in eqn.params["branches"]], operands)
+
+
+def scan(eqn: Any, values: Values, evaluate: Evaluate) -> Values | None:
+    spec = read_scan(eqn.params)
+    if spec is None:
+        return None
+    jaxpr, jaxpr_consts = open_jaxpr(spec.body)
+    consts, init, xs = _cut(values, spec.consts, spec.carry)
+    fixed = _fixed(init, invariant(jaxpr, spec.consts, spec.carry))
+    stacks = [unstack(x) for x in xs]
+    if fixed is None or any(stack is None for stack in stacks):
+        return None
+    layers, rebuild = _transposed(stacks)
+    outputs: list[Any] = []
+
+    def body(carry: Values, slices: Values) -> tuple[Values, Values]:
+        weights = [build(part) for build, part in zip(rebuild, slices, strict=True)]
+        args = [*consts, *_fill(fixed, carry), *weights]
+        outs = evaluate(jaxpr, jaxpr_consts, args)
+        carry_out, ys = outs[: spec.carry], outs[spec.carry :]
+        outputs[:] = [y if _stacks(y) else None for y in ys]
+        ys = [y if _stacks(y) else _dense([y])[0] for y in ys]
+        return [c for c, f in zip(carry_out, fixed, strict=True) if f is None], ys
+
+    start = [c for c, f in zip(init, fixed, strict=True) if f is None]
+    end, ys = lax.scan(body, start, layers, spec.length, spec.reverse, spec.unroll)
+    return [*_fill(fixed, end), *(restack(y) for y in ys)]
+
+
+def while_loop(eqn: Any, values: Values, evaluate: Evaluate) -> Values | None:
+    spec = read_while(eqn.params)
+    if spec is None:
+        return None
+    test_consts, body_consts, init = _cut(values, spec.cond_consts, spec.body_consts)
+    test, test_closed = open_jaxpr(spec.cond)
+    body, body_closed = open_jaxpr(spec.body)
+    fixed = _fixed(init, invariant(body, spec.body_consts, len(init)))
+    if fixed is None:
+        return None
+
+    def step(carry: Values) -> Values:
+        outs = evaluate(body, body_closed, [*body_consts, *_fill(fixed, carry)])
+        return [c for c, f in zip(outs, fixed, strict=True) if f is None]
+
+    def go_on(carry: Values) -> Any:
+        return evaluate(test, test_closed, [*test_consts, *_fill(fixed, carry)])[0]
+
+    end = lax.while_loop(go_on, step, [c for c, f in zip(init, fixed, strict=True) if f is None])
+    return _fill(fixed, end)
+
+
+def _cut(values: Values, first: int, second: int) -> tuple[Values, Values, Values]:
+    return values[:first], values[first : first + second], values[first + second :]
+
+
+def _transposed(pairs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def _fixed(init: Values, handed_on: list[bool]) -> Values | None:
+    """Carried weights that the loop never changes (None elsewhere); None if it changes one."""
+    weights = [value if isinstance(value, Structured) else None for value in init]
+    if any(w is not None and not same for w, same in zip(weights, handed_on, strict=True)):
+        return None
+    return weights
+
+
+def _fill(fixed: Values, changing: Values) -> Values:
+    rest = iter(changing)
+    return [next(rest) if weight is None else weight for weight in fixed]
+
+
+def _stacks(value: Any) -> bool:
+    """Whether a stack of such values can be told apart again: arrays, and weights that restack."""
+    return not isinstance(value, Structured) or value.stackable
+
+
+def _dense(values: Values) -> Values:
+    return [v.materialize() if isinstance(v, Structured) else v for v in values]
+
+
+RULES: dict[str, Callable[[Any, Values, Evaluate], Values | None]] = {
+    "jit": inline,
+    "pjit": inline,
+    "closed_call": inline,
+    "core_call": inline,
+    "call": inline,
+    "remat": checkpoint,
+    "remat2": checkpoint,
+    "checkpoint": checkpoint,
+    "cond": cond,
+    "scan": scan,
+    "while": while_loop,
+}
+
+Literal = jex.Literal

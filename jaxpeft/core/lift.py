@@ -1,0 +1,301 @@
+"""`lift(f)`: `f` with structured weights allowed in its params.
+
+`f` is traced to a jaxpr with arrays in the places of the weights, and the jaxpr is evaluated again
+with the weights in those places. An equation that no weight reaches runs as it is, programs inside
+it included; a view of a weight is a weight; a product runs the weight's own rule; anything else
+gets the dense array, which is never wrong, at worst slower, and is reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.extend import core as jex
+from jax.extend import source_info_util
+
+from jaxpeft.core import contract, control, views
+from jaxpeft.core.labels import View
+from jaxpeft.core.structured import Contraction, Structured, apply_view
+
+Values = list[Any]
+
+
+class MaterializeWarning(UserWarning):
+    """A structured weight became a dense array where no shortcut is known."""
+
+
+class MaterializeError(ValueError):
+    """The same under `strict=True`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Materialized:
+    """One place where a weight became dense: its path, the primitive, and the source line."""
+
+    site: str
+    primitive: str
+    source: str
+
+    def __str__(self) -> str:
+        site = self.site or "a structured weight"
+        return f"{site!r} is materialized at `{self.primitive}` ({self.source})"
+
+
+Report = Callable[[Materialized], None]
+
+
+def warn(place: Materialized) -> None:
+    warnings.warn(f"{place}: right, but slower than a structured product.", MaterializeWarning, 2)
+
+
+def refuse(place: Materialized) -> None:
+    raise MaterializeError(
+        f"{place}, and strict=True refuses that. Drop the rule that matches it, use a method with "
+        "a shortcut there, or pass strict=False to accept the dense array."
+    )
+
+
+def lift(f: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
+    """`f(params, *args, **kwargs)` with structured weights allowed among the leaves of `params`.
+
+    Equal to `f` of the materialized params, under `jit`, `grad`, `vmap`, `scan` and `checkpoint`.
+    Arrays among the other arguments are traced; anything else is passed through as it is.
+
+    Args:
+        f: a pure function of a params pytree and further arguments.
+        strict: raise `MaterializeError` where a weight would become dense, instead of a
+            `MaterializeWarning`.
+
+    Returns:
+        A function of the same signature.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxpeft.core.labels import Layout
+        >>> from jaxpeft.core.einsum import Einsum
+        >>> layout, (rank,) = Layout.of((4, 3)).fresh(1)
+        >>> low_rank = Einsum((jnp.ones((4, 1)), jnp.ones((1, 3))), ((0, rank), (rank, 1)), layout,
+        ...                   jnp.dtype("float32"))
+        >>> lift(lambda params, x: x @ params["w"])({"w": low_rank}, jnp.ones((1, 4))).tolist()
+        [[4.0, 4.0, 4.0]]
+    """
+
+    @functools.wraps(f)
+    def lifted(params: Any, *args: Any, **kwargs: Any) -> Any:
+        return call(f, params, args, kwargs, refuse if strict else warn)
+
+    return lifted
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """A pytree without its arrays: its structure, and the leaves that are not traced."""
+
+    structure: Any
+    static: tuple[tuple[int, Any], ...]
+
+    def fill(self, arrays: Sequence[Any]) -> Any:
+        leaves, fixed = iter(arrays), dict(self.static)
+        count = self.structure.num_leaves
+        return self.structure.unflatten(
+            [fixed[i] if i in fixed else next(leaves) for i in range(count)]
+        )
+
+
+def frame(tree: Any) -> tuple[Values, Frame]:
+    """The leaves to trace (arrays and structured weights), and the frame that takes them back."""
+    leaves, structure = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, Structured))
+    kinds = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, Structured)
+    static = tuple((i, leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, kinds))
+    return [leaf for leaf in leaves if isinstance(leaf, kinds)], Frame(structure, static)
+
+
+def call(f: Callable[..., Any], params: Any, args: Any, kwargs: Any, report: Report) -> Any:
+    """`f(params, *args, **kwargs)` where some leaves of `params` are structured weights.
+
+    Outside of any trace the evaluation is compiled, and the program is kept for the next call.
+    """
+    weights, outer = frame(params)
+    inputs, inner = frame((args, kwargs))
+    run_it = _compiled if _is_eager((weights, inputs), (f, outer, inner, report)) else _interpreted
+    return run_it(f, outer, inner, report, weights, inputs)
+
+
+def _is_eager(arrays: Any, static: Any) -> bool:
+    try:
+        hash(static)
+    except TypeError:
+        return False
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays))
+
+
+def _interpreted(
+    f: Callable[..., Any],
+    outer: Frame,
+    inner: Frame,
+    report: Report,
+    weights: Values,
+    inputs: Values,
+) -> Any:
+    jaxpr, consts, out_tree = trace(f, outer, inner, weights, inputs)
+    outs = evaluate(jaxpr, consts, [*weights, *inputs], report)
+    dense = [v.materialize() if isinstance(v, Structured) else v for v in outs]
+    return jax.tree.unflatten(out_tree, dense)
+
+
+_compiled = jax.jit(_interpreted, static_argnums=(0, 1, 2, 3))
+
+
+def trace(
+    f: Callable[..., Any], outer: Frame, inner: Frame, weights: Values, inputs: Values
+) -> tuple[Any, Sequence[Any], Any]:
+    """The jaxpr of the call with arrays in place of weights, its constants, its output's tree."""
+
+    def flat(weights: Values, inputs: Values) -> Any:
+        args, kwargs = inner.fill(inputs)
+        return f(outer.fill(weights), *args, **kwargs)
+
+    shapes = [_placeholder(weight) for weight in weights]
+    closed, out = jax.make_jaxpr(flat, return_shape=True)(shapes, inputs)
+    jaxpr, consts = control.open_jaxpr(closed)
+    return jaxpr, consts, jax.tree.structure(out)
+
+
+def _placeholder(weight: Any) -> Any:
+    if not isinstance(weight, Structured):
+        return weight
+    return jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+
+
+def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], report: Report) -> Values:
+    """The outputs of `jaxpr`, where some of `args` are structured weights."""
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+    producers: dict[Any, Any] = {}
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, jex.Literal) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        values = [read(atom) for atom in eqn.invars]
+        if any(isinstance(value, Structured) for value in values):
+            scales = [_unbroadcast(atom, producers, read) for atom in eqn.invars]
+            outs = _touched(eqn, values, scales, report)
+        else:
+            outs = run(eqn, values)
+        if eqn.primitive.name == "broadcast_in_dim":
+            producers[eqn.outvars[0]] = eqn
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def run(eqn: Any, values: Sequence[Any]) -> Values:
+    """One equation on arrays, as a program of its own: no knowledge of its primitive is needed."""
+    bound = {
+        atom: value
+        for atom, value in zip(eqn.invars, values, strict=True)
+        if not isinstance(atom, jex.Literal)
+    }
+    outvars = [var for var in eqn.outvars if not isinstance(var, jex.DropVar)]
+    jaxpr = jex.Jaxpr((), list(bound), outvars, [eqn], eqn.effects)
+    results = iter(jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))(*bound.values()))
+    return [None if isinstance(var, jex.DropVar) else next(results) for var in eqn.outvars]
+
+
+def _touched(eqn: Any, values: Values, scales: Sequence[Any], report: Report) -> Values:
+    """One equation that at least one structured weight reaches."""
+    name = eqn.primitive.name
+    outs = None
+    if name in control.RULES:
+        outs = control.RULES[name](
+            eqn, values, lambda jaxpr, consts, args: evaluate(jaxpr, consts, args, report)
+        )
+    elif name in _LEAFWISE:
+        outs = _LEAFWISE[name](values)
+    else:
+        outs = _at_weight(eqn, values, scales, report)
+    return _materialized(eqn, values, report) if outs is None else outs
+
+
+def _materialized(eqn: Any, values: Values, report: Report) -> Values:
+    return run(eqn, [_dense(eqn, value, report) for value in values])
+
+
+def _dense(eqn: Any, value: Any, report: Report) -> Any:
+    if not isinstance(value, Structured):
+        return value
+    source = source_info_util.summarize(eqn.source_info)
+    report(Materialized(value.name, eqn.primitive.name, source))
+    return value.materialize()
+
+
+def _at_weight(eqn: Any, values: Values, scales: Sequence[Any], report: Report) -> Values | None:
+    """A view of the first weight among the operands, or a product with it."""
+    side = next(i for i, value in enumerate(values) if isinstance(value, Structured))
+    weight = values[side]
+    values = [v if i == side else _dense(eqn, v, report) for i, v in enumerate(values)]
+    others = values[:side] + values[side + 1 :]
+
+    def bind(array: Any) -> Any:
+        return run(eqn, [array if i == side else v for i, v in enumerate(values)])[0]
+
+    name = eqn.primitive.name
+    if name in contract.RULES:
+        (var,) = eqn.outvars
+        out = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+        result = weight.contract(Contraction(name, eqn.params, side, tuple(others), out, bind))
+        return None if result is None else [result]
+    if name == "split":
+        parts = [apply_view(weight, view) for view in views.pieces(eqn.params, weight.shape)]
+        return None if any(part is None for part in parts) else parts
+    return _viewed(eqn, weight, side, others, scales, bind)
+
+
+def _viewed(
+    eqn: Any, weight: Structured, side: int, others: Values, scales: Sequence[Any], bind: Any
+) -> Values | None:
+    name = eqn.primitive.name
+    if name in ("mul", "div"):
+        kind = _scale(name, side, scales[1 - side]) if eqn.invars[0] is not eqn.invars[1] else None
+    elif name == "neg":
+        kind = "scale", (np.asarray(-1, weight.dtype), ())
+    else:
+        kind = views.read(name, eqn.params, weight.shape, others) if side == 0 else None
+    if kind is None:
+        return None
+    result = weight.view(View(kind[0], kind[1], bind))
+    return None if result is None else [result]
+
+
+def _scale(name: str, side: int, scale: Any) -> Any:
+    """`w * v` and `w / v` for a scalar `v` or one that was broadcast; `v / w` is no scaling."""
+    if scale is None or (name == "div" and side == 1):
+        return None
+    value, dimensions = scale
+    return "scale", (1 / value if name == "div" else value, dimensions)
+
+
+def _unbroadcast(atom: Any, producers: dict[Any, Any], read: Callable[[Any], Any]) -> Any:
+    """A factor before it was broadcast, and the axes it lies along; None if it is a full array."""
+    if isinstance(atom, jex.Literal):
+        return atom.val, ()
+    eqn = producers.get(atom)
+    if eqn is not None and len(eqn.invars) == 1:
+        value = read(eqn.invars[0])
+        dense = not isinstance(value, Structured)
+        return (value, tuple(eqn.params["broadcast_dimensions"])) if dense else None
+    value = read(atom)
+    return (value, ()) if not isinstance(value, Structured) and np.ndim(value) == 0 else None
+
+
+_LEAFWISE: dict[str, Callable[[Values], Values]] = {
+    "stop_gradient": lambda values: jax.tree.map(lax.stop_gradient, values),
+    "optimization_barrier": lambda values: lax.optimization_barrier(values),
+}

@@ -1,0 +1,350 @@
+"""Site discovery: how a program uses each of its parameters, from one abstract trace.
+
+The jaxpr is walked with the label bookkeeping of views alone: every axis of every parameter is
+followed through casts, transposes, slices, jits, loops and remat to the product that contracts it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxpeft.core import control, views
+from jaxpeft.core.labels import Drop, Layout, Split, View
+from jaxpeft.core.lift import frame, trace
+from jaxpeft.core.structured import Structured
+from jaxpeft.core.tree import leaves_with_paths
+
+ROLES = ("stack", "batch", "in", "out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One parameter and how the model uses it.
+
+    Attributes:
+        path: keys from the root joined by "/".
+        shape: of the parameter.
+        dtype: its name, such as "bfloat16".
+        roles: for each axis what products do with it: "in" (contracted, or looked up by index),
+            "out" (kept), "batch" (experts: one product an entry), "stack" (layers of a scan, taken
+            one at a time), or "" where no product reaches it.
+        uses: the products it takes part in ("dot_general", "gather", ...), in order.
+        groups: feature groups of a grouped convolution.
+        dense: primitives at which it would be materialized.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    roles: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+    groups: int = 1
+    dense: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def axes(self, *roles: str) -> tuple[int, ...]:
+        """The axes with one of these roles, in order."""
+        return tuple(axis for axis, role in enumerate(self.roles) if role in roles)
+
+    def sizes(self, *roles: str) -> tuple[int, ...]:
+        return tuple(self.shape[axis] for axis in self.axes(*roles))
+
+    @property
+    def linear(self) -> bool:
+        """Whether products use it as a map from some axes to others."""
+        return bool(self.axes("in")) and bool(self.axes("out"))
+
+    @property
+    def table(self) -> bool:
+        """Whether rows of it are looked up (an embedding, tied to an output head or not)."""
+        return "gather" in self.uses
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Site:
+        lists: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        return cls(**lists)
+
+
+@dataclasses.dataclass
+class _Record:
+    """What has been seen of one parameter so far."""
+
+    shape: tuple[int, ...]
+    roles: dict[int, str] = dataclasses.field(default_factory=dict)
+    uses: list[str] = dataclasses.field(default_factory=list)
+    dense: list[str] = dataclasses.field(default_factory=list)
+    groups: int = 1
+
+    def site(self, path: str, dtype: Any) -> Site:
+        known = (self.roles.get(axis, "") for axis in range(len(self.shape)))
+        roles = tuple(known) if self.roles else ()
+        dense = tuple(dict.fromkeys(self.dense))
+        name = jnp.dtype(dtype).name
+        return Site(path, self.shape, name, roles, tuple(self.uses), self.groups, dense)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Track:
+    """A view of a parameter at one place in the program; `origin` maps labels to its axes."""
+
+    record: _Record
+    layout: Layout
+    origin: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, record: _Record) -> _Track:
+        layout = Layout.of(record.shape)
+        return cls(record, layout, tuple((label, label) for label, _ in layout.sizes))
+
+    def assign(self, axes: Sequence[int], role: str) -> None:
+        """Gives a role to the parameter's axes under these axes of the view; the first stays."""
+        origin = dict(self.origin)
+        for label in (label for axis in axes for label in self.layout.axes[axis]):
+            if label in origin:
+                self.record.roles.setdefault(origin[label], role)
+
+    def use(self, kind: str) -> None:
+        if kind not in self.record.uses:
+            self.record.uses.append(kind)
+
+    def without_stack(self) -> _Track:
+        """One slice along axis 0, as a scan takes it."""
+        self.assign([0], "stack")
+        return dataclasses.replace(self, layout=self.layout.with_axes(self.layout.axes[1:]))
+
+    def view(self, view: View) -> _Track | None:
+        step = self.layout.apply(view)
+        if step is None:
+            return None
+        layout, edits = step
+        origin = dict(self.origin)
+        for edit in edits:
+            axis = origin.get(edit.label)
+            if isinstance(edit, Split) and axis is not None:
+                origin.update((part, axis) for part, _ in edit.parts)
+            if isinstance(edit, Drop) and axis is not None:
+                self.record.roles.setdefault(axis, "stack")
+        return _Track(self.record, layout, tuple(origin.items()))
+
+
+def discover(
+    f: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Site, ...]:
+    """The sites of `f(params, *args, **kwargs)`: every floating-point parameter, in tree order.
+
+    Args:
+        f: a pure function.
+        params: its first argument, arrays or `ShapeDtypeStruct`s.
+        args: its other arguments, arrays or `ShapeDtypeStruct`s where they are arrays.
+        kwargs: its keyword arguments.
+
+    Returns:
+        One `Site` a floating-point leaf of `params`.
+
+    Example:
+        >>> import jax
+        >>> w, x = jax.ShapeDtypeStruct((4, 3), "float32"), jax.ShapeDtypeStruct((2, 4), "float32")
+        >>> discover(lambda p, x: x @ p["w"], {"w": w}, (x,), {})[0].roles
+        ('in', 'out')
+    """
+    pairs, _ = leaves_with_paths(params, is_leaf=lambda x: isinstance(x, Structured))
+    leaves, outer = frame(params)
+    inputs, inner = frame((tuple(args), dict(kwargs)))
+    jaxpr, _, _ = trace(f, outer, inner, leaves, inputs)
+    paths = [path for i, (path, _) in enumerate(pairs) if i not in dict(outer.static)]
+    weights = [
+        (path, leaf, _Record(tuple(leaf.shape)) if is_weight(leaf) else None)
+        for path, leaf in zip(paths, leaves, strict=True)
+    ]
+    tracks = [_Track.of(record) if record else None for _, _, record in weights]
+    _walk(jaxpr, [*tracks, *[None] * (len(jaxpr.invars) - len(tracks))])
+    return tuple(record.site(path, leaf.dtype) for path, leaf, record in weights if record)
+
+
+def is_weight(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _walk(jaxpr: Any, inputs: Sequence[_Track | None]) -> list[_Track | None]:
+    """Follows the parameters through a program; the tracks of its outputs."""
+    env = {var: track for var, track in zip(jaxpr.invars, inputs, strict=True) if track}
+
+    def read(atom: Any) -> _Track | None:
+        return None if isinstance(atom, control.Literal) else env.get(atom)
+
+    small: set[Any] = set()
+    for eqn in jaxpr.eqns:
+        tracks = [read(atom) for atom in eqn.invars]
+        if any(tracks):
+            scalars = [isinstance(v, control.Literal) or v in small for v in eqn.invars]
+            outs = _step(eqn, tracks, scalars)
+            env.update((v, t) for v, t in zip(eqn.outvars, outs, strict=False) if t)
+        elif eqn.primitive.name == "broadcast_in_dim":
+            small.add(eqn.outvars[0])
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _step(
+    eqn: Any, tracks: Sequence[_Track | None], scalars: Sequence[bool]
+) -> Sequence[_Track | None]:
+    name = eqn.primitive.name
+    if name in _WALKS:
+        outs = _WALKS[name](eqn, tracks)
+        if outs is not None:
+            return outs
+    elif name in _PRODUCTS:
+        for side, track in enumerate(tracks):
+            if track:
+                track.use(name)
+                _PRODUCTS[name](track, side, eqn)
+        return []
+    elif name == "split" and tracks[0]:
+        return [tracks[0].view(view) for view in views.pieces(eqn.params, tracks[0].layout.shape)]
+    elif name in ("stop_gradient", "optimization_barrier"):
+        return tracks
+    elif name in ("mul", "div", "neg"):
+        out = _scaled(eqn, tracks, scalars)
+        if out:
+            return [out]
+    else:
+        out = _viewed(eqn, tracks)
+        if out:
+            return [out]
+    for track in filter(None, tracks):
+        track.record.dense.append(name)
+    return []
+
+
+def _scaled(eqn: Any, tracks: Sequence[_Track | None], scalars: Sequence[bool]) -> _Track | None:
+    """`-w`, `w * v` or `w / v` with a scalar or broadcast `v`: still a view of `w`."""
+    if len(tracks) == 1:
+        return tracks[0]
+    side = 0 if tracks[0] else 1
+    scalar = scalars[1 - side] or not eqn.invars[1 - side].aval.shape
+    return tracks[side] if scalar and (side == 0 or eqn.primitive.name == "mul") else None
+
+
+def _viewed(eqn: Any, tracks: Sequence[_Track | None]) -> _Track | None:
+    weight = tracks[0]
+    if weight is None:
+        return None
+    shape = weight.layout.shape
+    kind = views.read(eqn.primitive.name, eqn.params, shape, eqn.invars[1:])
+    return weight.view(View(kind[0], kind[1])) if kind else None
+
+
+def _dot_general(track: _Track, side: int, eqn: Any) -> None:
+    contracting, batch = eqn.params["dimension_numbers"]
+    track.assign(batch[side], "batch")
+    track.assign(contracting[side], "in")
+    track.assign(range(len(track.layout.axes)), "out")
+
+
+def _gather(track: _Track, side: int, eqn: Any) -> None:
+    dims = eqn.params["dimension_numbers"]
+    if side == 0:
+        track.assign(dims.operand_batching_dims, "batch")
+        track.assign(dims.start_index_map, "in")
+        track.assign(range(len(track.layout.axes)), "out")
+
+
+def _conv(track: _Track, side: int, eqn: Any) -> None:
+    if side != 1:
+        return
+    out_axis, *inner = eqn.params["dimension_numbers"].rhs_spec
+    track.record.groups = eqn.params["feature_group_count"]
+    track.assign(inner, "in")
+    track.assign([out_axis], "out")
+
+
+def _ragged(track: _Track, side: int, eqn: Any) -> None:
+    dims = eqn.params["ragged_dot_dimension_numbers"]
+    if side == 1:
+        track.assign(dims.rhs_group_dimensions, "batch")
+        _dot_general(track, side, _Params({"dimension_numbers": dims.dot_dimension_numbers}))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Params:
+    params: dict[str, Any]
+
+
+_PRODUCTS: dict[str, Callable[[_Track, int, Any], None]] = {
+    "dot_general": _dot_general,
+    "gather": _gather,
+    "conv_general_dilated": _conv,
+    "ragged_dot_general": _ragged,
+}
+
+
+def _inline(eqn: Any, tracks: Sequence[_Track | None]) -> Any:
+    program = control.read_call(eqn.params)
+    return None if program is None else _walk(control.open_jaxpr(program)[0], tracks)
+
+
+def _scan(eqn: Any, tracks: Sequence[_Track | None]) -> Any:
+    spec = control.read_scan(eqn.params)
+    if spec is None:
+        return None
+    first = spec.consts + spec.carry
+    slices = [track.without_stack() if track else None for track in tracks[first:]]
+    body = control.open_jaxpr(spec.body)[0]
+    _walk(body, [*tracks[:first], *slices])
+    return _handed_on(body, spec.consts, tracks[spec.consts : first])
+
+
+def _while(eqn: Any, tracks: Sequence[_Track | None]) -> Any:
+    spec = control.read_while(eqn.params)
+    if spec is None:
+        return None
+    consts, init = (
+        spec.cond_consts + spec.body_consts,
+        tracks[spec.cond_consts + spec.body_consts :],
+    )
+    body = control.open_jaxpr(spec.body)[0]
+    _walk(control.open_jaxpr(spec.cond)[0], [*tracks[: spec.cond_consts], *init])
+    _walk(body, [*tracks[spec.cond_consts : consts], *init])
+    return _handed_on(body, spec.body_consts, init)
+
+
+def _handed_on(body: Any, first: int, init: Sequence[_Track | None]) -> Iterator[_Track | None]:
+    same = control.invariant(body, first, len(init))
+    return iter([track if kept else None for track, kept in zip(init, same, strict=True)])
+
+
+def _cond(eqn: Any, tracks: Sequence[_Track | None]) -> Any:
+    if "branches" not in eqn.params:
+        return None
+    for branch in eqn.params["branches"]:
+        _walk(control.open_jaxpr(branch)[0], tracks[1:])
+    return []
+
+
+_WALKS: dict[str, Callable[[Any, Sequence[_Track | None]], Any]] = {
+    name: {"cond": _cond, "scan": _scan, "while": _while}.get(name, _inline)
+    for name in control.RULES
+}
+
+
+def listing(sites: Sequence[Site]) -> str:
+    """A table of sites as text, one a line."""
+    width = max((len(site.path) for site in sites), default=0)
+    rows = (
+        f"{site.path:<{width}}  {'x'.join(map(str, site.shape)):<16} {site.dtype:<9} "
+        f"{','.join(role or '-' for role in site.roles) or '-':<20} {','.join(site.uses) or '-'}"
+        for site in sites
+    )
+    return "\n".join(rows)

@@ -1,0 +1,352 @@
+"""`Tuned`: a model with a tuning, as pure functions of an adapter and the frozen params."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.core import lift as lifting
+from jaxpeft.core.rules import Chain, Rules, compile_pattern, nearest, unmatched
+from jaxpeft.core.sites import Site, discover, listing
+from jaxpeft.core.structured import Structured, Sum, dense
+from jaxpeft.core.tree import leaves_with_paths
+
+Array = jax.Array
+Leaves = dict[str, Any]
+
+
+class Method(NamedTuple):
+    """A way to tune one parameter: a small immutable value that holds pure functions.
+
+    Attributes:
+        name: such as "lora".
+        init: `(key, site, weight) -> leaves`, the adapter's arrays at one site. `weight` may be a
+            `ShapeDtypeStruct` for methods that do not look at its values.
+        weight: `(site, leaves, weight, key) -> array or Structured`, the tuned weight. `key` is a
+            typed PRNG key for dropout, or None.
+        fits: `(site) -> bool`, where the method can work.
+        bare: `(site) -> bool`, where it goes when given to `transform` without rules.
+        options: the factory's arguments, for files and reports.
+        fixed: names of leaves that are not trained.
+    """
+
+    name: str
+    init: Callable[[Array, Site, Any], Leaves]
+    weight: Callable[[Site, Leaves, Any, Array | None], Any]
+    fits: Callable[[Site], bool]
+    bare: Callable[[Site], bool]
+    options: Mapping[str, Any] = {}
+    fixed: tuple[str, ...] = ()
+
+
+class Sites(tuple[Site, ...]):
+    """The sites of an adapter. Hashed once, as it is looked at in every call of a jitted step."""
+
+    def __hash__(self) -> int:
+        if not hasattr(self, "_hash"):
+            self._hash = super().__hash__()
+        return self._hash
+
+    def __str__(self) -> str:
+        return listing(self)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Adapter(Mapping[str, Leaves]):
+    """The trainable partition: `{site path: {leaf name: array}}`, a pytree of arrays.
+
+    What is known of each site travels along as static metadata, `adapter.sites`, so that `merge`
+    and files need no example inputs.
+    """
+
+    def __init__(self, leaves: Mapping[str, Leaves], sites: Sequence[Site]):
+        self._leaves = dict(leaves)
+        self.sites = sites if isinstance(sites, Sites) else Sites(sites)
+
+    def __getitem__(self, path: str) -> Leaves:
+        return self._leaves[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._leaves)
+
+    def __len__(self) -> int:
+        return len(self._leaves)
+
+    def __repr__(self) -> str:
+        count = sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(self))
+        return f"Adapter({len(self)} sites, {count:,} parameters)"
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        keyed = [(jax.tree_util.DictKey(path), leaves) for path, leaves in self._leaves.items()]
+        return keyed, (tuple(self._leaves), self.sites)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Any) -> Adapter:
+        paths, sites = static
+        return cls(dict(zip(paths, children, strict=True)), sites)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """A tuned model: what `transform` returns. All of its functions are pure.
+
+    Attributes:
+        fn: the model as a function of `(params, *inputs, **kwargs)`.
+        tuning: a method, `rules(...)` or `chain(...)`.
+        strict: raise where a weight would be materialized.
+        head: path of the output head where the model says which one it is, else None.
+    """
+
+    fn: Callable[..., Any]
+    tuning: Any
+    strict: bool = False
+    head: str | None = None
+
+    def init(self, key: Array, params: Any, *inputs: Any, **kwargs: Any) -> Adapter:
+        """A fresh adapter, which changes nothing yet.
+
+        Args:
+            key: a PRNG key.
+            params: the model's params; `ShapeDtypeStruct`s will do where no method looks at values.
+            *inputs: example inputs, arrays or `ShapeDtypeStruct`s; traced, never computed with.
+            **kwargs: keyword arguments of the model's call.
+
+        Returns:
+            An `Adapter` with float32 leaves, sharded like the weights that they sit on.
+
+        Raises:
+            ValueError: if a rule fits nothing or a method cannot work at its site.
+        """
+        sites = self.sites(params, *inputs, **kwargs)
+        chosen = resolve(self.tuning, sites, self.head)
+        weights = dict(leaves_with_paths(params)[0])
+        by_path = {site.path: site for site in sites}
+        leaves = {
+            path: method.init(site_key(key, path), by_path[path], weights[path])
+            for path, method in chosen.items()
+        }
+        return Adapter(leaves, [by_path[path] for path in chosen])
+
+    def apply(
+        self, adapter: Adapter, params: Any, *inputs: Any, dropout_key: Any = None, **kwargs: Any
+    ) -> Any:
+        """The model's own call with the adapter in it: same arguments, same outputs.
+
+        Args:
+            adapter: from `init`, or trained, loaded, averaged, ...
+            params: the frozen params, arrays or structured weights.
+            *inputs: the model's inputs.
+            dropout_key: PRNG key of the adapter's dropout; None means no dropout.
+            **kwargs: keyword arguments of the model's call.
+
+        Returns:
+            What the model returns.
+
+        Raises:
+            ValueError: if the adapter does not belong to these params.
+        """
+        leaves, tree = self._weights(adapter, params, dropout_key)
+        report = lifting.refuse if self.strict else lifting.warn
+        return lifting.call(self.fn, tree.unflatten(leaves), inputs, kwargs, report)
+
+    def merge(self, adapter: Adapter, params: Any) -> Any:
+        """Plain params for the plain model, with the adapter baked in.
+
+        Sums are made in float32 and rounded once to the dtype of the base: with a bfloat16 base the
+        error of a merged weight is at most half a unit in its last place, 2**-9 relative.
+
+        Args:
+            adapter: the adapter.
+            params: the params that it was made for.
+
+        Returns:
+            A tree like `params`, of arrays.
+        """
+        leaves, tree = self._weights(adapter, params, None)
+        return tree.unflatten([dense(leaf) for leaf in leaves])
+
+    def trainable(self, adapter: Adapter) -> Adapter:
+        """A mask over the adapter, False at parts that stay fixed; for `optax.masked`."""
+        chosen = resolve(self.tuning, adapter.sites, self.head, whole=False)
+        marks = {path: _marks(leaves, chosen[path]) for path, leaves in adapter.items()}
+        return Adapter(marks, adapter.sites)
+
+    def sites(self, params: Any, *inputs: Any, **kwargs: Any) -> Sites:
+        """Every parameter and how the model uses it. Print it to see the paths that rules match."""
+        return Sites(discover(self.fn, params, inputs, kwargs))
+
+    def _weights(self, adapter: Adapter, params: Any, key: Any) -> tuple[list[Any], Any]:
+        """The leaves of `params` with tuned weights in their places, and their tree."""
+        pairs, tree = leaves_with_paths(params, is_leaf=lambda x: isinstance(x, Structured))
+        chosen = resolve(self.tuning, getattr(adapter, "sites", ()), self.head, whole=False)
+        _check(adapter, dict(pairs), chosen)
+        sites = {site.path: site for site in adapter.sites}
+        key = None if key is None else typed_key(key)
+
+        def tuned(path: str, leaf: Any) -> Any:
+            if path not in adapter:
+                return leaf
+            at_site = None if key is None else site_key(key, path)
+            return named(chosen[path].weight(sites[path], adapter[path], leaf, at_site), path)
+
+        return [tuned(path, leaf) for path, leaf in pairs], tree
+
+
+def named(weight: Any, path: str) -> Any:
+    return Sum((weight,), path) if isinstance(weight, Structured) else weight
+
+
+def typed_key(key: Any) -> Array:
+    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key if is_typed else jax.random.wrap_key_data(key)
+
+
+def site_key(key: Array, path: str) -> Array:
+    """A key of its own for each site, the same in every process."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
+
+
+def resolve(
+    tuning: Any, sites: Sequence[Site], head: str | None = None, *, whole: bool = True
+) -> dict[str, Method]:
+    """The method at each site that has one.
+
+    Args:
+        tuning: a method, `Rules` or `Chain`.
+        sites: the candidates.
+        head: path of the output head, which a bare method leaves alone.
+        whole: `sites` are all of the model's, so that a rule which fits none is an error.
+
+    Returns:
+        Methods by path, in the order of `sites`.
+
+    Raises:
+        ValueError: if nothing is tuned, or a rule fits nothing.
+        TypeError: if `tuning` is no tuning.
+    """
+    if isinstance(tuning, Method):
+        found = {s.path: tuning for s in sites if tuning.bare(s) and s.path != head}
+    elif isinstance(tuning, Rules):
+        found = _first_fit(tuning, sites, whole)
+    elif isinstance(tuning, Chain):
+        found = _chained([resolve(t, sites, head, whole=whole) for t in tuning.tunings], sites)
+    else:
+        raise TypeError(f"a tuning is a method, rules(...) or chain(...), got {tuning!r}.")
+    if whole and not found:
+        raise ValueError(
+            f"the tuning fits none of the {len(sites)} parameters: no product uses one as a linear "
+            "map. Use `tuned.sites(params, *inputs)` to list them."
+        )
+    return found
+
+
+def _first_fit(tuning: Rules, sites: Sequence[Site], whole: bool) -> dict[str, Method]:
+    matchers = [(where, compile_pattern(where), method) for where, method in tuning.pairs]
+    if whole:
+        for where, matches, method in matchers:
+            _check_rule(where, matches, method, sites)
+    found = {}
+    for site in sites:
+        for _, matches, method in matchers:
+            if matches(site.path, site) and _fits(method, site):
+                found[site.path] = method
+                break
+    return found
+
+
+def _fits(method: Any, site: Site) -> bool:
+    return bool(method.fits(site))
+
+
+def _check_rule(where: Any, matches: Any, method: Any, sites: Sequence[Site]) -> None:
+    if not isinstance(method, Method):
+        raise TypeError(f"rules: {where!r} is paired with {method!r}, which is no method.")
+    matched = [site for site in sites if matches(site.path, site)]
+    if not matched:
+        raise ValueError(unmatched(where, [site.path for site in sites], "parameters"))
+    if not any(_fits(method, site) for site in matched):
+        shown = ", ".join(repr(site.path) for site in matched[:3])
+        raise ValueError(
+            f"where={where!r} matched {shown}, but `{method.name}` cannot work there: no product "
+            "uses them as a linear map. Use `full()` to train them, or another pattern."
+        )
+
+
+def _chained(found: Sequence[dict[str, Method]], sites: Sequence[Site]) -> dict[str, Method]:
+    paths = [site.path for site in sites if any(site.path in methods for methods in found)]
+    return {path: compose([methods.get(path) for methods in found]) for path in paths}
+
+
+def compose(methods: Sequence[Method | None]) -> Method:
+    """Methods one after the other at one site; the leaves of each stand under its number."""
+    stages = {str(i): method for i, method in enumerate(methods) if method is not None}
+
+    def init(key: Array, site: Site, weight: Any) -> Leaves:
+        return {
+            name: method.init(jax.random.fold_in(key, int(name)), site, weight)
+            for name, method in stages.items()
+        }
+
+    def tuned(site: Site, leaves: Leaves, weight: Any, key: Array | None) -> Any:
+        for name, method in stages.items():
+            stage_key = None if key is None else jax.random.fold_in(key, int(name))
+            weight = method.weight(site, leaves[name], weight, stage_key)
+        return weight
+
+    return Method(
+        name="+".join(method.name for method in stages.values()),
+        init=init,
+        weight=tuned,
+        fits=lambda site: all(method.fits(site) for method in stages.values()),
+        bare=lambda site: True,
+        options={name: method.options for name, method in stages.items()},
+        fixed=tuple(f"{n}/{leaf}" for n, method in stages.items() for leaf in method.fixed),
+    )
+
+
+def _marks(leaves: Any, method: Method, prefix: str = "") -> Any:
+    if isinstance(leaves, Mapping):
+        return {name: _marks(leaf, method, f"{prefix}/{name}") for name, leaf in leaves.items()}
+    return prefix.lstrip("/") not in method.fixed
+
+
+def _check(adapter: Any, weights: dict[str, Any], chosen: dict[str, Method]) -> None:
+    if not isinstance(adapter, Adapter):
+        raise TypeError(
+            f"expected an adapter of `tuned.init` or `load_adapter`, got {type(adapter).__name__}. "
+            "The call is tuned.apply(adapter, params, *inputs)."
+        )
+    missing = [site.path for site in adapter.sites if site.path not in weights]
+    if missing:
+        near = nearest(missing[0], list(weights))
+        raise ValueError(
+            f"adapter was made for {len(adapter)} sites, but {len(missing)} are not in params; "
+            f"missing: {', '.join(map(repr, missing[:3]))}. "
+            f"Nearest: {', '.join(map(repr, near))}. "
+            "Pass the params of the model that the adapter was made for."
+        )
+    foreign = [path for path in adapter if path not in chosen]
+    if foreign:
+        raise ValueError(
+            f"the adapter has {foreign[0]!r}, which this tuning leaves alone. Was the tuning "
+            "changed between `init` and `apply`?"
+        )
+    for site in adapter.sites:
+        shape = tuple(weights[site.path].shape)
+        if shape != site.shape:
+            raise ValueError(
+                f"adapter was made for {site.path!r} of shape {site.shape}, params have {shape}. "
+                "Pass the params of the model that the adapter was made for."
+            )
+
+
+def transform(
+    fn: Callable[..., Any], tuning: Any, *, strict: bool = False, head: str | None = None
+) -> Tuned:
+    """A tuned version of a pure function of `(params, *inputs)`; see `jaxpeft.transform`."""
+    return Tuned(fn, tuning, strict, head)

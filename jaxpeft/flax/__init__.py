@@ -1,0 +1,3 @@
+"""The doors: the only place where the engine meets Flax."""
+
+from jaxpeft.flax.doors import transform as transform

@@ -1,0 +1,174 @@
+r"""LoRA: low-rank adaptation.
+
+    W' = W + (alpha / rank) * A B        y = x W + (alpha / rank) * (dropout(x) A) B
+
+`A` takes the axes of `W` that products contract, `B` those that they keep; stack and expert axes
+are on both, so that each layer and each expert has its own pair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.core.einsum import Einsum
+from jaxpeft.core.labels import Layout
+from jaxpeft.core.sharding import inherit
+from jaxpeft.core.sites import Site
+from jaxpeft.core.structured import Sum
+from jaxpeft.core.transform import Leaves, Method
+from jaxpeft.methods.inits import kaiming_uniform
+
+Init = Callable[[jax.Array, tuple[int, ...], int, int], jax.Array]
+
+
+def lora(
+    rank: int,
+    alpha: float | None = None,
+    *,
+    dropout: float = 0.0,
+    init: Init = kaiming_uniform,
+    dtype: Any = jnp.float32,
+) -> Method:
+    """Low-rank adaptation: `W' = W + (alpha / rank) * A B`.
+
+    `A` has axes (stack..., in..., rank) and starts from `init`, `B` has (stack..., rank, out...)
+    and starts at zero: `rank * (in + out)` parameters a layer. Embedding tables swap the two, as
+    PEFT does. The update is computed as `(x A) B` in the dtype of `x`, the leaves are `dtype`.
+
+    Args:
+        rank: of the update; at most the smaller side of every site.
+        alpha: numerator of the scale; `rank` by default, a scale of 1.
+        dropout: share of the entries of `x` that the update does not see, when a key is given.
+        init: start of `A`: `kaiming_uniform`, `gaussian`, or a function of that form.
+        dtype: of `A` and `B`; float32 also over a bfloat16 base.
+
+    Returns:
+        A method. As a bare tuning it goes to every linear map except looked-up tables and the
+        output head that the model names.
+
+    Raises:
+        ValueError: if `rank` or `dropout` is out of range, here or at a site.
+
+    Example:
+        >>> import jaxpeft as jp, jax, jax.numpy as jnp
+        >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+        >>> tuned = jp.transform(lambda params, x: x @ params["w"], jp.lora(2, alpha=4))
+        >>> adapter = tuned.init(jax.random.key(0), params, x)
+        >>> adapter["w"]["a"].shape, adapter["w"]["b"].shape
+        ((4, 2), (2, 3))
+
+    Reference:
+        Hu et al. 2021, arXiv:2106.09685.
+    """
+    scale = _checked_alpha(rank, alpha) / _checked_rank(rank)
+    options = {"rank": rank, "alpha": alpha if alpha is not None else rank, "dropout": dropout}
+    return _low_rank(rank, scale, dropout, init, dtype, options)
+
+
+def rslora(
+    rank: int,
+    alpha: float | None = None,
+    *,
+    dropout: float = 0.0,
+    init: Init = kaiming_uniform,
+    dtype: Any = jnp.float32,
+) -> Method:
+    """Rank-stabilized LoRA: `W' = W + (alpha / sqrt(rank)) * A B`; else as `lora`.
+
+    Example:
+        >>> rslora(16, alpha=8).options["scale"]
+        2.0
+
+    Reference:
+        Kalajdzievski 2023, arXiv:2312.03732.
+    """
+    scale = _checked_alpha(rank, alpha) / math.sqrt(_checked_rank(rank))
+    options = {"rank": rank, "alpha": alpha if alpha is not None else rank, "dropout": dropout}
+    return _low_rank(rank, scale, dropout, init, dtype, {**options, "rslora": True})
+
+
+def _low_rank(
+    rank: int, scale: float, dropout: float, init: Init, dtype: Any, options: dict[str, Any]
+) -> Method:
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout={dropout} is not a share. Use 0 <= dropout < 1.")
+
+    def start(key: jax.Array, site: Site, weight: Any) -> Leaves:
+        _check_rank(rank, site)
+        a_axes, b_axes = _axes(site)
+        a_shape = (*(site.shape[axis] for axis in a_axes), rank)
+        b_sizes = [site.shape[axis] for axis in b_axes]
+        stacked = len(site.axes("stack", "batch"))
+        b_shape = (*b_sizes[:stacked], rank, *b_sizes[stacked:])
+        random = init(key, a_shape, math.prod(site.sizes("in")), rank).astype(dtype)
+        a, b = random, jnp.zeros(b_shape, dtype)
+        if site.table:
+            a, b = jnp.zeros(a_shape, dtype), jax.random.normal(key, b_shape, dtype)
+        rank_axis = (*b_axes[:stacked], None, *b_axes[stacked:])
+        return {"a": inherit(a, weight, (*a_axes, None)), "b": inherit(b, weight, rank_axis)}
+
+    def tuned(site: Site, leaves: Leaves, weight: Any, key: jax.Array | None) -> Sum:
+        layout, (r,) = Layout.of(site.shape).fresh(leaves["a"].shape[-1])
+        a_axes, b_axes = _axes(site)
+        stacked = len(site.axes("stack", "batch"))
+        keys, key_axes = _layer_keys(key if dropout else None, site)
+        update = Einsum(
+            factors=(leaves["a"], leaves["b"]),
+            owned=((*a_axes, r), (*b_axes[:stacked], r, *b_axes[stacked:])),
+            layout=layout,
+            dtype=weight.dtype,
+            scale=scale,
+            key=keys,
+            key_owned=key_axes,
+            rate=dropout,
+        )
+        return Sum((weight, update))
+
+    return Method(
+        name="lora",
+        init=start,
+        weight=tuned,
+        fits=lambda site: site.linear,
+        bare=lambda site: site.linear and not site.table,
+        options={**options, "scale": scale},
+    )
+
+
+def _axes(site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes of `A` and of `B`: what both own comes first. Axes without a role go with `B`."""
+    both = site.axes("stack", "batch")
+    return (*both, *site.axes("in")), (*both, *site.axes("out", ""))
+
+
+def _layer_keys(key: jax.Array | None, site: Site) -> tuple[jax.Array | None, tuple[int, ...]]:
+    """A dropout key for each layer of a stack."""
+    axes = site.axes("stack")
+    if key is None:
+        return None, ()
+    return (jax.random.split(key, site.sizes("stack")) if axes else key), axes
+
+
+def _checked_rank(rank: int) -> int:
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank={rank!r} is not a rank. Use a positive int, such as lora(rank=8).")
+    return rank
+
+
+def _checked_alpha(rank: int, alpha: float | None) -> float:
+    if alpha is not None and not alpha > 0:
+        raise ValueError(f"alpha={alpha!r} must be positive. Leave it out for a scale of 1.")
+    return float(rank if alpha is None else alpha)
+
+
+def _check_rank(rank: int, site: Site) -> None:
+    sides = math.prod(site.sizes("in")), math.prod(site.sizes("out", ""))
+    if rank > min(sides):
+        raise ValueError(
+            f"rank={rank} exceeds the smaller side of {site.path!r} {sides}. "
+            f"Use rank <= {min(sides)}."
+        )
