@@ -196,6 +196,9 @@ def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], report: Rep
     return [read(atom) for atom in jaxpr.outvars]
 
 
+_DEBUG = jex.DebugInfo("jaxpeft", "one equation", (), ())
+
+
 def run(eqn: Any, values: Sequence[Any]) -> Values:
     """One equation on arrays, as a program of its own: no knowledge of its primitive is needed."""
     bound = {
@@ -204,7 +207,7 @@ def run(eqn: Any, values: Sequence[Any]) -> Values:
         if not isinstance(atom, jex.Literal)
     }
     outvars = [var for var in eqn.outvars if not isinstance(var, jex.DropVar)]
-    jaxpr = jex.Jaxpr((), list(bound), outvars, [eqn], eqn.effects)
+    jaxpr = jex.Jaxpr((), list(bound), outvars, [eqn], eqn.effects, debug_info=_DEBUG)
     results = iter(jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))(*bound.values()))
     return [None if isinstance(var, jex.DropVar) else next(results) for var in eqn.outvars]
 
