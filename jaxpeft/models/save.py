@@ -1,0 +1,175 @@
+"""Save a decoder as a Hugging Face directory that transformers loads."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from jaxpeft.models.config import to_hf
+from jaxpeft.models.decoder import Decoder
+from jaxpeft.models.files import INDEX, WEIGHTS
+from jaxpeft.models.gguf import find_gguf
+from jaxpeft.models.load import tensor_names
+from jaxpeft.models.names import Name, names
+from jaxpeft.models.tokenizer import load_tokenizer
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def save(
+    directory: str | Path,
+    model: Decoder,
+    params: nnx.State,
+    *,
+    tokenizer_from: str | Path | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write `config.json` and safetensors, and the tokenizer's files when asked.
+
+    Everything is first written to a temporary directory beside the target and then renamed into
+    place, so an interrupted save leaves no half-written file. `config.json` comes last.
+
+    Args:
+        directory: made when absent. Weights of an earlier save in it are replaced.
+        model: the decoder, for its configuration; its leaves may be abstract.
+        params: its dense weights, all of one dtype.
+        tokenizer_from: the Hugging Face directory or GGUF file whose tokenizer to save along.
+        shard_bytes: a larger model is split into several files of at most about this size.
+
+    Raises:
+        ValueError: the weights do not fit the model, or have no dtype that transformers reads.
+        FileNotFoundError: `tokenizer_from` does not exist.
+
+    Example:
+        >>> model, params = load("SmolLM2.gguf")  # doctest: +SKIP
+        >>> save("SmolLM2-hf", model, params, tokenizer_from="SmolLM2.gguf")  # doctest: +SKIP
+    """
+    leaves = _leaves(model, params)
+    dtype = _dtype(leaves)
+    directory = Path(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as name:
+        written = Path(name)
+        if tokenizer_from is not None:
+            _save_tokenizer(written, Path(tokenizer_from))
+        _save_weights(written, model, leaves, shard_bytes)
+        config = json.dumps(to_hf(model.config, dtype), indent=2)
+        (written / "config.json").write_text(config + "\n", encoding="utf-8")
+        _move(written, directory)
+
+
+def _leaves(model: Decoder, params: nnx.State) -> dict[str, np.ndarray]:
+    given = {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(params)}
+    abstract = nnx.to_flat_state(nnx.state(model))
+    wanted = {"/".join(map(str, path)): tuple(leaf.shape) for path, leaf in abstract}
+    for path in sorted(wanted.keys() | given.keys()):
+        shape = tuple(given[path].shape) if path in given else "nothing"
+        if shape != wanted.get(path, "nothing"):
+            raise ValueError(
+                f"params hold {shape} at {path!r} where the model has "
+                f"{wanted.get(path, 'nothing')}. Save the params that belong to this model, "
+                "merged if they carry adapters."
+            )
+    return given
+
+
+def _dtype(leaves: dict[str, np.ndarray]) -> str:
+    dtypes = sorted({str(leaf.dtype) for leaf in leaves.values()})
+    if len(dtypes) != 1 or dtypes[0] not in _DTYPES:
+        raise ValueError(
+            f"params have dtypes {', '.join(dtypes)}; transformers needs a single one of "
+            f"{', '.join(_DTYPES)}. Cast first: jax.tree.map(lambda x: x.astype('float32'), params)."
+        )
+    return dtypes[0]
+
+
+def _save_weights(
+    directory: Path, model: Decoder, leaves: dict[str, np.ndarray], shard_bytes: int
+) -> None:
+    shards = list(_shards(model, leaves, shard_bytes))
+    if len(shards) == 1:
+        _write(directory / WEIGHTS, shards[0], leaves)
+        return
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards, strict=True):
+        _write(directory / file, shard, leaves)
+    weight_map = {t: f for f, shard in zip(files, shards, strict=True) for t, _, _ in shard}
+    total = sum(leaf.nbytes for leaf in leaves.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+Piece = tuple[str, Name, int]
+
+
+def _shards(
+    model: Decoder, leaves: dict[str, np.ndarray], shard_bytes: int
+) -> Iterator[list[Piece]]:
+    shard: list[Piece] = []
+    size = 0
+    for name in names(model.config):
+        tensors = tensor_names(name, model.config.num_hidden_layers)
+        each = leaves[name.path].nbytes // len(tensors)
+        for layer, tensor in enumerate(tensors):
+            if shard and size + each > shard_bytes:
+                yield shard
+                shard, size = [], 0
+            shard.append((tensor, name, layer))
+            size += each
+    yield shard
+
+
+def _write(path: Path, shard: list[Piece], leaves: dict[str, np.ndarray]) -> None:
+    tensors = {}
+    for tensor, name, layer in shard:
+        leaf = leaves[name.path]
+        values = np.asarray(leaf[layer] if name.stacked else leaf)
+        tensors[tensor] = np.ascontiguousarray(values.T if name.transposed else values)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _save_tokenizer(directory: Path, source: Path) -> None:
+    if not source.exists():
+        raise FileNotFoundError(
+            f"tokenizer_from={str(source)!r} does not exist. Give a model directory or a .gguf file."
+        )
+    if find_gguf(source) is not None:
+        load_tokenizer(source).save_pretrained(directory)
+        return
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copy(source / name, directory / name)
+
+
+def _move(source: Path, directory: Path) -> None:
+    directory.mkdir(exist_ok=True)
+    files = sorted(source.rglob("*"), key=lambda path: path.name == "config.json")
+    files = [path for path in files if path.is_file()]
+    for path in files:
+        target = directory / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    kept = {path.name for path in files}
+    # transformers prefers model.safetensors to shards: weights of an earlier save must go.
+    stale = [*directory.glob("model*.safetensors"), directory / INDEX]
+    for path in stale:
+        if path.name not in kept:
+            path.unlink(missing_ok=True)
