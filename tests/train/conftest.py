@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jaxpeft import train
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from jaxpeft import train
 
 VOCABULARY = 11
 
@@ -111,10 +112,19 @@ def plain_tokenizer(request):
     )
 
 
-@pytest.fixture(scope="session", params=[byte_level, metaspace], ids=lambda f: f.__name__)
-def chat_tokenizer(request):
+def with_chat(tokenizer):
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=request.param(), eos_token="<|im_end|>", unk_token="<unk>"
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", unk_token="<unk>"
     )
     tokenizer.chat_template = CHATML
     return tokenizer
+
+
+@pytest.fixture(scope="session", params=[byte_level, metaspace], ids=lambda f: f.__name__)
+def chat_tokenizer(request):
+    return with_chat(request.param())
+
+
+@pytest.fixture(scope="session")
+def byte_chat_tokenizer():
+    return with_chat(byte_level())

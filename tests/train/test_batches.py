@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from jaxpeft.train import Batches, Example, bucket_lengths
 
 LENGTHS = np.random.default_rng(0).integers(1, 100, 53)

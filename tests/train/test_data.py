@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from jaxpeft import train
 
 USER = {"role": "user", "content": "two and two?"}

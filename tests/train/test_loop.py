@@ -9,8 +9,9 @@ import threading
 import jax
 import numpy as np
 import pytest
-from jaxpeft import train
 from rich.console import Console
+
+from jaxpeft import train
 
 
 def start(tiny):

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+
 from jaxpeft.train import cross_entropy, next_token_loss
 
 LOGITS = np.random.default_rng(0).normal(size=(3, 5, 7)).astype(np.float32) * 4

@@ -4,6 +4,7 @@ import optax
 import pytest
 import torch
 import transformers
+
 from jaxpeft import train
 
 PEAK, STEPS = 3e-4, 40

@@ -2,8 +2,9 @@ import sys
 
 import numpy as np
 import pytest
-from jaxpeft import train
 from matplotlib.image import imread
+
+from jaxpeft import train
 
 
 def image(tmp_path, rows):
