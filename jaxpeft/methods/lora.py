@@ -3,7 +3,8 @@ r"""LoRA: low-rank adaptation.
     W' = W + (alpha / rank) * A B        y = x W + (alpha / rank) * (dropout(x) A) B
 
 `A` takes the axes of `W` that products contract, `B` those that they keep; stack and expert axes
-are on both, so that each layer and each expert has its own pair.
+are on both, so that each layer and each expert has its own pair. Both are stored with the rank in
+front: the gradient of `A` is then `h^T x`, which is several times faster than `x^T h` on a CPU.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ def lora(
 ) -> Method:
     """Low-rank adaptation: `W' = W + (alpha / rank) * A B`.
 
-    `A` has axes (stack..., in..., rank) and starts from `init`, `B` has (stack..., rank, out...)
-    and starts at zero: `rank * (in + out)` parameters a layer. Embedding tables swap the two, as
-    PEFT does. The update is computed as `(x A) B` in the dtype of `x`, the leaves are `dtype`.
+    Leaf `a` has axes (stack..., rank, in...) and starts from `init`, `b` has (stack..., rank,
+    out...) and starts at zero: `rank * (in + out)` parameters a layer. Embedding tables swap the
+    starts, as PEFT does. The update is computed as `(x A) B` in the dtype of `x`.
 
     Args:
         rank: of the update; at most the smaller side of every site.
@@ -60,7 +61,7 @@ def lora(
         >>> tuned = jp.transform(lambda params, x: x @ params["w"], jp.lora(2, alpha=4))
         >>> adapter = tuned.init(jax.random.key(0), params, x)
         >>> adapter["w"]["a"].shape, adapter["w"]["b"].shape
-        ((4, 2), (2, 3))
+        ((2, 4), (2, 3))
 
     Reference:
         Hu et al. 2021, arXiv:2106.09685.
@@ -100,26 +101,25 @@ def _low_rank(
 
     def start(key: jax.Array, site: Site, weight: Any) -> Leaves:
         _check_rank(rank, site)
-        a_axes, b_axes = _axes(site)
-        a_shape = (*(site.shape[axis] for axis in a_axes), rank)
-        b_sizes = [site.shape[axis] for axis in b_axes]
-        stacked = len(site.axes("stack", "batch"))
-        b_shape = (*b_sizes[:stacked], rank, *b_sizes[stacked:])
+        a_axes, b_axes = (_with_rank(axes, site, None) for axes in _axes(site))
+        a_shape, b_shape = (
+            tuple(rank if axis is None else site.shape[axis] for axis in axes)
+            for axes in (a_axes, b_axes)
+        )
         random = init(key, a_shape, math.prod(site.sizes("in")), rank).astype(dtype)
         a, b = random, jnp.zeros(b_shape, dtype)
         if site.table:
             a, b = jnp.zeros(a_shape, dtype), jax.random.normal(key, b_shape, dtype)
-        rank_axis = (*b_axes[:stacked], None, *b_axes[stacked:])
-        return {"a": inherit(a, weight, (*a_axes, None)), "b": inherit(b, weight, rank_axis)}
+        return {"a": inherit(a, weight, a_axes), "b": inherit(b, weight, b_axes)}
 
     def tuned(site: Site, leaves: Leaves, weight: Any, key: jax.Array | None) -> Sum:
-        layout, (r,) = Layout.of(site.shape).fresh(leaves["a"].shape[-1])
-        a_axes, b_axes = _axes(site)
-        stacked = len(site.axes("stack", "batch"))
+        rank_axis = len(site.axes("stack", "batch"))
+        layout, (r,) = Layout.of(site.shape).fresh(leaves["a"].shape[rank_axis])
+        a_labels, b_labels = (_with_rank(axes, site, r) for axes in _axes(site))
         keys, key_axes = _layer_keys(key if dropout else None, site)
         update = Einsum(
             factors=(leaves["a"], leaves["b"]),
-            owned=((*a_axes, r), (*b_axes[:stacked], r, *b_axes[stacked:])),
+            owned=(a_labels, b_labels),
             layout=layout,
             dtype=weight.dtype,
             scale=scale,
@@ -143,6 +143,12 @@ def _axes(site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The axes of `A` and of `B`: what both own comes first. Axes without a role go with `B`."""
     both = site.axes("stack", "batch")
     return (*both, *site.axes("in")), (*both, *site.axes("out", ""))
+
+
+def _with_rank(axes: tuple[int, ...], site: Site, rank: Any) -> tuple[Any, ...]:
+    """The axes of a factor with the rank behind the stack and expert axes."""
+    both = len(site.axes("stack", "batch"))
+    return (*axes[:both], rank, *axes[both:])
 
 
 def _layer_keys(key: jax.Array | None, site: Site) -> tuple[jax.Array | None, tuple[int, ...]]:
