@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 Tree = TypeVar("Tree")
@@ -19,7 +20,7 @@ def _manager(directory: Path, keep: int | None = None) -> ocp.CheckpointManager:
 
 
 def _is_key(x: Any) -> bool:
-    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _raw(x: jax.Array) -> jax.Array:

@@ -136,6 +136,11 @@ def _check_messages(messages: Any, where: str) -> None:
             f"{where}: the roles are {roles}; with no 'assistant' there is nothing to learn. "
             "Add a message with the role 'assistant'."
         )
+    if roles[0] == "assistant":
+        raise ValueError(
+            f"{where}: the first role is 'assistant', but an answer needs something before it. "
+            "Begin with 'user' or 'system'."
+        )
 
 
 def render(record: Record, tokenizer: Any) -> list[Rendered]:
@@ -200,12 +205,24 @@ def _turn(
     text = _template(messages, tokenizer, where, add_generation_prompt=False)
     # Some generation prompts open a reasoning block that a turn without reasoning does not have.
     start = len(os.path.commonprefix([before, text]))
+    _check_start(messages[-2], text[:start], where)
     end = len(text)
     stripped = text.rstrip()
     special = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
     if stripped.endswith(special):
         end = len(stripped)  # the template's line break after the end-of-turn token
     return text, (start, end)
+
+
+def _check_start(asked: Mapping[str, Any], before: str, where: str) -> None:
+    """Refuses a template that changes the question once its answer follows."""
+    content = asked.get("content")
+    if asked["role"] == "user" and isinstance(content, str) and content.strip() not in before:
+        raise ValueError(
+            f"{where}: the chat template writes the user's message in another way once an answer "
+            "follows it, so where the answer begins cannot be known. Set another "
+            "`tokenizer.chat_template`, or use records with 'prompt' and 'completion'."
+        )
 
 
 def _template(messages: Any, tokenizer: Any, where: str, *, add_generation_prompt: bool) -> str:
@@ -216,8 +233,6 @@ def _template(messages: Any, tokenizer: Any, where: str, *, add_generation_promp
             f"{where}: 'messages', but this tokenizer has no chat template. Set "
             "`tokenizer.chat_template`, or use records with 'prompt' and 'completion'."
         )
-    if not messages:
-        return ""
     try:
         return tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt

@@ -19,6 +19,12 @@ OPENING = REASONING.replace("<think>\n\n</think>\n\n", "").replace(
     "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}"
 )
 
+# It changes the question when the answer is there.
+REWRITING = (
+    "{% for m in messages %}{{ m.role }}: "
+    "{{ m.content if messages | length == 1 else m.content | upper }}\n{% endfor %}"
+)
+
 
 def encode(tokenizer, *rows, max_length=512):
     records = [train.Record(row, f"d.jsonl:{i}") for i, row in enumerate(rows, 1)]
@@ -144,6 +150,9 @@ def test_examples_without_a_completion_are_counted(plain_tokenizer):
 def test_errors_name_the_record(plain_tokenizer, chat_tokenizer, monkeypatch):
     with pytest.raises(ValueError, match="d.jsonl:1: .*no chat template"):
         encode(plain_tokenizer, {"messages": [USER, ANSWER]})
+    monkeypatch.setattr(chat_tokenizer, "chat_template", REWRITING)
+    with pytest.raises(ValueError, match="d.jsonl:1: .*another way once an answer"):
+        encode(chat_tokenizer, {"messages": [USER, ANSWER]})
     strict = "{{ raise_exception('roles must alternate') }}"
     monkeypatch.setattr(chat_tokenizer, "chat_template", strict)
     with pytest.raises(ValueError, match=r"d.jsonl:1: .*\['user'\]: roles must alternate"):

@@ -37,6 +37,7 @@ def test_reads_every_form_and_passes_over_empty_lines(tmp_path):
         ({"messages": "hello"}, "'messages' is not a list of objects"),
         ({"messages": [{"from": "user", "value": "a"}]}, r"message 0 has the keys \['from'"),
         ({"messages": [{"role": "user", "content": "a"}]}, "Add a message with the role 'assis"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "Begin with 'user' or 'system'"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, row, message):
