@@ -288,7 +288,42 @@ def _split_axis(weight: Einsum, axis: int, groups: int) -> Any:
 
 def ragged_dot_general(weight: Einsum, op: Contraction) -> Array | None:
     """`ragged_dot(ragged_dot(x, A), B)`, with one `A` and `B` an expert."""
-    return None
+    dims, axes, size = op.params["ragged_dot_dimension_numbers"], weight.layout.axes, None
+    ((x_in, w_in), batch), x = dims.dot_dimension_numbers, op.others[0]
+    simple = (op.side, x.ndim, tuple(x_in), tuple(dims.lhs_ragged_dimensions)) == (1, 2, (1,), (0,))
+    if not simple or any(batch) or len(dims.rhs_group_dimensions) != 1 or _unknown(op.params):
+        return None
+    group, inner = axes[dims.rhs_group_dimensions[0]], axes[w_in[0]]
+    factors, size = _factors(weight), weight.layout.size
+    first = [f for f in factors if set(f.labels) & set(inner)]
+    second = [f for f in factors if not set(f.labels) & set(inner)]
+    named = set(_flat(axes))
+    hidden = tuple(dict.fromkeys(n for f in first for n in f.labels if n not in named))
+    outer = tuple(n for n in _flat(axes) if n not in {*group, *inner})
+    if not first or not second or set(_flat([f.labels for f in first])) & set(outer):
+        return None
+    numerics = Numerics(
+        _compute_dtype(x, op), op.params["precision"], op.params["preferred_element_type"]
+    )
+    y = dropped(weight, x).astype(numerics.dtype)
+    steps = (first, (inner, hidden), 1.0), (second, (hidden, outer), weight.scale)
+    for (start, *rest), sides, scale in steps:
+        narrow = product(start, rest, _flat([group, *sides]), size, scale)
+        shape = [math.prod(size[name] for name in labels) for labels in (group, *sides)]
+        y = lax.ragged_dot(
+            y.astype(numerics.dtype),
+            narrow.reshape(shape).astype(numerics.dtype),
+            op.others[1],
+            precision=numerics.precision,
+            preferred_element_type=numerics.accumulate,
+        )
+    return y.reshape(op.out.shape).astype(op.out.dtype)
+
+
+def _unknown(params: dict[str, Any]) -> bool:
+    """Whether a `ragged_dot` has options that this rule does not pass on."""
+    known = {"ragged_dot_dimension_numbers", "precision", "preferred_element_type"}
+    return any(value is not None for name, value in params.items() if name not in known)
 
 
 RULES: dict[str, Callable[[Any, Contraction], Array | None]] = {
