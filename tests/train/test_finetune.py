@@ -80,7 +80,7 @@ def peft_losses(base, adapter):
             for name in TARGETS:
                 leaf = adapter[f"layers/self_attn/{name}/kernel"]
                 linear = getattr(layer.self_attn, name)
-                linear.lora_A["default"].weight.copy_(torch.tensor(np.array(leaf["a"][i].T)))
+                linear.lora_A["default"].weight.copy_(torch.tensor(np.array(leaf["a"][i])))
                 linear.lora_B["default"].weight.copy_(torch.tensor(np.array(leaf["b"][i].T)))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, data, losses = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.1), batches(), []
