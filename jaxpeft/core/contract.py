@@ -84,23 +84,38 @@ def _join(x: Labelled, f: Labelled, keep: set[int], numerics: Numerics) -> Label
     if not contracted and set(f.labels) <= set(x.labels):
         return Labelled(x.array * _spread(f, x.labels), x.labels)
     batch = [label for label in shared if label in keep]
+    gone = set(shared)
+    free = [[label for label in operand.labels if label not in gone] for operand in (x, f)]
+    array = x.array.astype(numerics.dtype)
+    if not batch and _mergeable(x, free[0]):
+        array = array.reshape(-1, *array.shape[len(free[0]) :])
+    lead = array.ndim - len(x.labels)
     dims = [
         (
-            tuple(x.labels.index(label) for label in group),
+            tuple(x.labels.index(label) + lead for label in group),
             tuple(f.labels.index(label) for label in group),
         )
         for group in (contracted, batch)
     ]
     array = lax.dot_general(
-        x.array.astype(numerics.dtype),
+        array,
         f.array,
         (dims[0], dims[1]),
         precision=numerics.precision,
         preferred_element_type=numerics.accumulate,
     )
-    gone = set(shared)
-    free = [label for operand in (x, f) for label in operand.labels if label not in gone]
-    return Labelled(array, (*batch, *free))
+    if lead:
+        array = array.reshape(*x.array.shape[: len(free[0])], *array.shape[1:])
+    return Labelled(array, (*batch, *free[0], *free[1]))
+
+
+def _mergeable(x: Labelled, free: Sequence[int]) -> bool:
+    """Whether to flatten the leading axes of `x` for a product.
+
+    XLA copies the transposed activations for a gradient over two axes (batch, time) at once, but
+    not over one. With several devices those axes may be sharded apart, and are left alone.
+    """
+    return len(free) > 1 and x.labels[: len(free)] == tuple(free) and jax.device_count() == 1
 
 
 def _sum_out(x: Labelled, keep: set[int]) -> Labelled:

@@ -225,7 +225,16 @@ def _step(
             return [out]
     for track in filter(None, tracks):
         track.record.dense.append(name)
-    return []
+    return _same_shape(eqn, tracks)
+
+
+def _same_shape(eqn: Any, tracks: Sequence[_Track | None]) -> list[_Track | None]:
+    """Past an unknown operation that keeps the shape (a mask, an activation) axes keep their place.
+
+    The weight is dense from there on, but which of its axes the product contracts is still known.
+    """
+    shape, track = next((t.layout.shape, t) for t in tracks if t)
+    return [track if var.aval.shape == shape else None for var in eqn.outvars]
 
 
 def _scaled(eqn: Any, tracks: Sequence[_Track | None], scalars: Sequence[bool]) -> _Track | None:
