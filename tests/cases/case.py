@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
 
 class Built(NamedTuple):
@@ -19,7 +21,7 @@ class Built(NamedTuple):
     kwargs: Mapping[str, Any] = {}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Case:
     """One row of the table.
 
@@ -63,13 +65,28 @@ def table() -> tuple[list[Case], Callable[..., Any]]:
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
+    """Random numbers from numpy, which compiles nothing."""
+    values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return jnp.asarray(values)
+
+
+def filled(shapes: Any) -> Any:
+    """Arrays of small random numbers for a tree of `ShapeDtypeStruct`s."""
+    leaves, tree = jax.tree.flatten(shapes)
+    sized = enumerate(leaves)
+    return tree.unflatten([(0.5 * normal(i, *leaf.shape)).astype(leaf.dtype) for i, leaf in sized])
 
 
 def linen_case(module: Any, *inputs: Any, **kwargs: Any) -> Built:
-    return Built(module, module.init(jax.random.key(0), *inputs), inputs, kwargs)
+    params = filled(jax.eval_shape(module.init, jax.random.key(0), *inputs))
+    return Built(module, params, inputs, kwargs)
+
+
+def nnx_case(make: Callable[[nnx.Rngs], nnx.Module], *inputs: Any, **kwargs: Any) -> Built:
+    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    return Built(model, filled(nnx.state(model)), inputs, kwargs)
 
 
 def of_weight(f: Callable[..., Any], w: Any, *inputs: Any) -> Built:
     """A case of a function `f(w, *inputs)` of one weight."""
-    return Built(lambda params, *xs: f(params["w"], *xs), {"w": jnp.asarray(w)}, inputs)
+    return Built(lambda params, *xs: f(params["w"], *xs), {"w": w}, inputs)

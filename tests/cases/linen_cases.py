@@ -99,7 +99,7 @@ def conv_grouped() -> Built:
 
 @case(LAYERS, "`nn.Conv`, depthwise")
 def conv_depthwise() -> Built:
-    return linen_case(nn.Conv(10, (7,), feature_group_count=5), normal(1, 2, 8, 5))
+    return linen_case(nn.Conv(15, (7,), feature_group_count=5), normal(1, 2, 8, 5))
 
 
 @case(LAYERS, "`nn.ConvTranspose`")

@@ -10,15 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from tests.cases.case import Built, normal, table
+from tests.cases.case import Built, nnx_case, normal, table
 
 NNX, case = table()
 LAYERS, LOOPS, STATE = "Flax nnx layers", "Flax nnx loops, remat and jit", "Flax nnx state"
 IDS = jnp.array([[1, 4, 2], [0, 3, 4]])
-
-
-def nnx_case(module: nnx.Module, *inputs: Any, **kwargs: Any) -> Built:
-    return Built(module, nnx.state(module), inputs, kwargs)
 
 
 class Sequence(nnx.Module):
@@ -38,27 +34,32 @@ class Sequence(nnx.Module):
 
 @case(LAYERS, "`nnx.Linear`", peers={"qwix": "fast", "quax": "fast"})
 def linear() -> Built:
-    rngs = nnx.Rngs(0)
-    model = Sequence(nnx.Linear(5, 7, rngs=rngs), nnx.Linear(7, 11, rngs=rngs))
-    return nnx_case(model, normal(1, 3, 5))
+    def make(rngs):
+        return Sequence(nnx.Linear(5, 7, rngs=rngs), nnx.Linear(7, 11, rngs=rngs))
+
+    return nnx_case(make, normal(1, 3, 5))
 
 
 @case(LAYERS, "`nnx.LinearGeneral`")
 def linear_general() -> Built:
-    rngs = nnx.Rngs(0)
-    heads = nnx.LinearGeneral(11, (5, 4), rngs=rngs)
-    out = nnx.LinearGeneral((5, 4), 7, axis=(-2, -1), rngs=rngs)
-    return nnx_case(Sequence(heads, out), normal(1, 2, 3, 11))
+    def make(rngs):
+        heads = nnx.LinearGeneral(11, (5, 4), rngs=rngs)
+        return Sequence(heads, nnx.LinearGeneral((5, 4), 7, axis=(-2, -1), rngs=rngs))
+
+    return nnx_case(make, normal(1, 2, 3, 11))
 
 
 @case(LAYERS, "`nnx.Einsum`", peers={"qwix": "fast", "quax": "dense"})
 def einsum() -> Built:
-    return nnx_case(nnx.Einsum("btd,dnh->btnh", (7, 5, 3), rngs=nnx.Rngs(0)), normal(1, 2, 2, 7))
+    def make(rngs):
+        return nnx.Einsum("btd,dnh->btnh", (7, 5, 3), rngs=rngs)
+
+    return nnx_case(make, normal(1, 2, 2, 7))
 
 
 @case(LAYERS, "`nnx.Conv`", peers={"qwix": "fast"})
 def conv() -> Built:
-    return nnx_case(nnx.Conv(5, 7, (3,), rngs=nnx.Rngs(0)), normal(1, 2, 9, 5))
+    return nnx_case(lambda rngs: nnx.Conv(5, 7, (3,), rngs=rngs), normal(1, 2, 9, 5))
 
 
 @case(LAYERS, "`nnx.Embed` with a tied `attend`", peers={"qwix": "silent"})
@@ -70,13 +71,15 @@ def embed() -> Built:
         def __call__(self, ids):
             return self.embed.attend(jnp.tanh(self.embed(ids)))
 
-    return nnx_case(Tied(nnx.Rngs(0)), IDS)
+    return nnx_case(Tied, IDS)
 
 
 @case(LAYERS, "`nnx.MultiHeadAttention`")
 def attention() -> Built:
-    module = nnx.MultiHeadAttention(3, 7, 15, 11, decode=False, rngs=nnx.Rngs(0))
-    return nnx_case(module, normal(1, 2, 4, 7))
+    def make(rngs):
+        return nnx.MultiHeadAttention(3, 7, 15, 11, decode=False, rngs=rngs)
+
+    return nnx_case(make, normal(1, 2, 4, 7))
 
 
 class Own(nnx.Module):
@@ -90,16 +93,18 @@ class Own(nnx.Module):
         return self.use(self.w[...], x)
 
 
+def own(shape: tuple[int, ...], use: Callable[[Any, Any], Any], x: Any) -> Built:
+    return nnx_case(lambda rngs: Own(shape, use), x)
+
+
 @case(LAYERS, "`x @ self.w`", peers={"qwix": "fails or silent"})
 def own_matmul() -> Built:
-    return nnx_case(Own((5, 7), lambda w, x: x @ w), normal(1, 3, 5))
+    return own((5, 7), lambda w, x: x @ w, normal(1, 3, 5))
 
 
 @case(LAYERS, "own einsum module, string given to the constructor", peers={"qwix": "fast"})
 def own_einsum() -> Built:
-    return nnx_case(
-        Own((5, 7, 3), lambda w, x: jnp.einsum("BTD,NDH->BTNH", x, w)), normal(1, 2, 2, 7)
-    )
+    return own((5, 7, 3), lambda w, x: jnp.einsum("BTD,NDH->BTNH", x, w), normal(1, 2, 2, 7))
 
 
 @case(LAYERS, "a method whose first argument is not called `self`", peers={"qwix": "fails"})
@@ -111,7 +116,7 @@ def other_name() -> Built:
         def __call__(module, x):
             return jnp.einsum("bd,df->bf", x, module.w[...])
 
-    return nnx_case(Odd(nnx.Rngs(0)), normal(1, 3, 5))
+    return nnx_case(Odd, normal(1, 3, 5))
 
 
 class Block(nnx.Module):
@@ -145,22 +150,22 @@ def nnx_scan(axis: int, remat: bool) -> Callable[[Any, Any], Any]:
 
 @case(LOOPS, "`nnx.scan`", peers={"qwix": "fails"})
 def scanned() -> Built:
-    return nnx_case(Stack(nnx.Rngs(0), nnx_scan(0, False)), normal(1, 5, 7))
+    return nnx_case(lambda rngs: Stack(rngs, nnx_scan(0, False)), normal(1, 5, 7))
 
 
 @case(LOOPS, "`nnx.scan` of `nnx.remat`", peers={"qwix": "fails"})
 def scanned_remat() -> Built:
-    return nnx_case(Stack(nnx.Rngs(0), nnx_scan(0, True)), normal(1, 5, 7))
+    return nnx_case(lambda rngs: Stack(rngs, nnx_scan(0, True)), normal(1, 5, 7))
 
 
 @case(LOOPS, "`nnx.scan`, layers on axis 1")
 def scanned_axis_1() -> Built:
-    return nnx_case(Stack(nnx.Rngs(0), nnx_scan(1, False), axis=1), normal(1, 5, 7))
+    return nnx_case(lambda rngs: Stack(rngs, nnx_scan(1, False), axis=1), normal(1, 5, 7))
 
 
 @case(LOOPS, "`nnx.scan` of `nnx.remat`, layers on axis 1")
 def scanned_remat_axis_1() -> Built:
-    return nnx_case(Stack(nnx.Rngs(0), nnx_scan(1, True), axis=1), normal(1, 5, 7))
+    return nnx_case(lambda rngs: Stack(rngs, nnx_scan(1, True), axis=1), normal(1, 5, 7))
 
 
 def over_split(blocks: Any, x: Any) -> Any:
@@ -174,7 +179,7 @@ def over_split(blocks: Any, x: Any) -> Any:
 
 @case(LOOPS, "`lax.scan` of `jax.checkpoint` over `nnx.split` state", peers={"qwix": "fails"})
 def scanned_state() -> Built:
-    return nnx_case(Stack(nnx.Rngs(0), over_split), normal(1, 5, 7))
+    return nnx_case(lambda rngs: Stack(rngs, over_split), normal(1, 5, 7))
 
 
 def checkpointed(block: Any, x: Any) -> Any:
@@ -193,17 +198,17 @@ class Once(nnx.Module):
 
 @case(LOOPS, "`jax.checkpoint` over `nnx.split` state (Tunix)", peers={"qwix": "silent"})
 def remat_state() -> Built:
-    return nnx_case(Once(nnx.Rngs(0), checkpointed), normal(1, 5, 7))
+    return nnx_case(lambda rngs: Once(rngs, checkpointed), normal(1, 5, 7))
 
 
 @case(LOOPS, "`nnx.remat`", peers={"qwix": "fast"})
 def remat() -> Built:
-    return nnx_case(Once(nnx.Rngs(0), nnx.remat(lambda block, x: block(x))), normal(1, 5, 7))
+    return nnx_case(lambda rngs: Once(rngs, nnx.remat(lambda block, x: block(x))), normal(1, 5, 7))
 
 
 @case(LOOPS, "`nnx.jit` inside the model")
 def nnx_jit() -> Built:
-    return nnx_case(Once(nnx.Rngs(0), nnx.jit(lambda block, x: block(x))), normal(1, 5, 7))
+    return nnx_case(lambda rngs: Once(rngs, nnx.jit(lambda block, x: block(x))), normal(1, 5, 7))
 
 
 @jax.jit
@@ -213,14 +218,14 @@ def helper(w, x):
 
 @case(LOOPS, "a `@jax.jit` helper", peers={"qwix": "fails"})
 def jit_helper() -> Built:
-    return nnx_case(Own((5, 7), helper), normal(1, 3, 5))
+    return own((5, 7), helper, normal(1, 3, 5))
 
 
 @case(LOOPS, "a `@jax.jit` helper, after the base model ran", peers={"qwix": "silent"})
 def jit_helper_warm() -> Built:
-    model, x = Own((5, 7), helper), normal(1, 3, 5)
-    model(x)
-    return nnx_case(model, x)
+    x = normal(1, 3, 5)
+    Own((5, 7), helper)(x)
+    return own((5, 7), helper, x)
 
 
 @case(LOOPS, "`jax.vmap` inside the model", peers={"qwix": "fails"})
@@ -228,7 +233,7 @@ def vmapped() -> Built:
     def rows(w, x):
         return jax.vmap(lambda row: row @ w)(x)
 
-    return nnx_case(Own((5, 7), rows), normal(1, 3, 5))
+    return own((5, 7), rows, normal(1, 3, 5))
 
 
 @case(STATE, "batch statistics and dropout, `mutable=True`", peers={"qwix": "fails"})
@@ -240,4 +245,4 @@ def mutable() -> Built:
         nnx.Dropout(0.5, rngs=rngs),
         nnx.Linear(7, 11, rngs=rngs),
     )
-    return nnx_case(model, normal(1, 3, 5), mutable=True)
+    return Built(model, nnx.state(model), (normal(1, 3, 5),), {"mutable": True})

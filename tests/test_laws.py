@@ -1,0 +1,214 @@
+"""Laws that hold for every method on every model: one table, methods x laws x cases."""
+
+import dataclasses
+import math
+import string
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxpeft as jp
+from jaxpeft.core.tree import path_of
+from tests.cases import CASES
+from tests.cases.hlo import made
+from tests.cases.measure import compiled_base, compiled_step, difference, setting, values
+
+
+def lora():
+    return jp.rules(("**", jp.lora(2, alpha=3)))
+
+
+def rslora():
+    return jp.rules(("**", jp.rslora(2, alpha=3)))
+
+
+def full_beside_lora():
+    return jp.rules(("**", jp.lora(2, alpha=3)), ("**", jp.full()))
+
+
+def lora_twice():
+    return jp.chain(lora(), jp.rules(("**", jp.lora(3))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A tuning, the cases that it runs on, and what its form promises."""
+
+    tuning: object
+    cases: tuple = CASES
+
+
+SOME = tuple(
+    case
+    for case in CASES
+    if case.id
+    in {
+        "Flax linen layers: nn.Dense",
+        "Flax linen layers: nn.Conv, 2-D, strided",
+        "Flax linen layers: nn.Embed with a tied attend",
+        "Flax linen loops and remat: nn.scan of nn.remat",
+        "Flax nnx layers: nnx.MultiHeadAttention",
+        "Flax nnx loops, remat and jit: nnx.scan of nnx.remat",
+        "Experts: ebd,edf->ebf, one A and B an expert",
+        "Right, but dense: w * mask, a mask of the weight's shape",
+    }
+)
+METHODS = {
+    "lora": Method(lora),
+    "rslora": Method(rslora, SOME),
+    "full beside lora": Method(full_beside_lora, SOME),
+    "lora + lora": Method(lora_twice, SOME),
+}
+PAIRS = [(method, case) for method in METHODS.values() for case in method.cases]
+IDS = [f"{name}: {case.id}" for name, method in METHODS.items() for case in method.cases]
+
+
+def law(keep=lambda method, case: True):
+    """Runs a law over the pairs that `keep` allows, one test a pair."""
+    kept = [(pair, name) for pair, name in zip(PAIRS, IDS, strict=True) if keep(*pair)]
+    return pytest.mark.parametrize(
+        ("method", "case"), [pair for pair, _ in kept], ids=[name for _, name in kept]
+    )
+
+
+def reverse(method, case):
+    return case.reverse
+
+
+def fast(method, case):
+    return case.fast and case.reverse
+
+
+def some(method, case):
+    return case in SOME and case.reverse
+
+
+def lora_only(method, case):
+    return method.tuning is lora
+
+
+def bits(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree) if _plain(leaf)]
+
+
+def _plain(leaf):
+    return not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def test_the_small_table_has_its_cases():
+    assert len(SOME) == 8
+    assert len({case.id for case in CASES}) == len(CASES)
+
+
+@law()
+def test_a_fresh_adapter_changes_no_bit(method, case):
+    out = values(case, method.tuning)
+    assert bits(out["unchanged"]) == bits(out["base"])
+
+
+@law()
+def test_apply_equals_the_merged_model(method, case):
+    out = values(case, method.tuning)
+    assert difference(out["applied"], out["merged"]) < case.tolerance
+    assert difference(out["applied"], out["base"]) > 1e-3
+
+
+@law()
+def test_gradients_equal_those_through_the_merged_model(method, case):
+    out = values(case, method.tuning)
+    assert difference(out["gradient"], out["merged gradient"]) < case.tolerance
+
+
+@law()
+def test_gradients_are_the_same_under_remat(method, case):
+    out = values(case, method.tuning)
+    assert difference(out["remat gradient"], out["gradient"]) < case.tolerance
+
+
+@law()
+def test_vmap_over_adapters_is_a_loop_over_adapters(method, case):
+    out = values(case, method.tuning)
+    for i, name in enumerate(("unchanged", "applied")):
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], out["mapped"])
+        assert difference(one, out[name]) < case.tolerance
+
+
+@law()
+def test_merge_changes_tuned_leaves_only_and_keeps_the_tree(method, case):
+    out, params = values(case, method.tuning), setting(case, method.tuning).built.params
+    merged = out["merged params"]
+    assert jax.tree.map(jax.typeof, merged) == jax.tree.map(jax.typeof, params)
+    sites = {site.path for site in out["adapter"].sites}
+    same = jp.mask(params, lambda path, leaf: path not in sites)
+    for kept, old, new in zip(*map(jax.tree.leaves, (same, params, merged)), strict=True):
+        assert (bits([old]) == bits([new])) == kept
+
+
+@law(lora_only)
+def test_merge_is_the_formula_in_float64(method, case):
+    out = values(case, method.tuning)
+    old, new = (by_path(tree) for tree in (setting(case, lora).built.params, out["merged params"]))
+    for site in out["adapter"].sites:
+        want = old[site.path] + 1.5 * lora_update(site, out["adapter"][site.path])
+        assert difference(new[site.path], want) < 1e-6
+
+
+def lora_update(site, leaves):
+    """`A B` by the convention of the leaves' axes: stack and experts, rank, then in or out."""
+    letters = string.ascii_lowercase[: len(site.shape)]
+    both, inner, outer = (
+        "".join(letters[axis] for axis in site.axes(*roles))
+        for roles in (("stack", "batch"), ("in",), ("out", ""))
+    )
+    a, b = (np.asarray(leaves[name], np.float64) for name in "ab")
+    return np.einsum(f"{both}Z{inner},{both}Z{outer}->{letters}", a, b)
+
+
+def by_path(tree):
+    return {
+        path_of(keys): np.asarray(leaf, np.float64)
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+
+
+@law(lora_only)
+def test_the_number_of_parameters_is_the_formula(method, case):
+    shapes = setting(case, method.tuning).shapes
+    for site in shapes.sites:
+        layers, inner, outer = map(
+            math.prod, (site.sizes("stack", "batch"), site.sizes("in"), site.sizes("out", ""))
+        )
+        count = sum(leaf.size for leaf in shapes[site.path].values())
+        assert count == layers * 2 * (inner + outer)
+
+
+@law(reverse)
+def test_three_steps_keep_the_adapter_s_tree_and_the_inputs(method, case):
+    here, step = setting(case, method.tuning), compiled_step(case, method.tuning)
+    params, inputs = here.built.params, here.built.inputs
+    adapter, before = values(case, method.tuning)["adapter"], bits((params, inputs))
+    kinds, losses = jax.tree.map(jax.typeof, adapter), []
+    for _ in range(3):
+        adapter, value = step(adapter, params, inputs)
+        losses.append(float(value))
+        assert jax.tree.map(jax.typeof, adapter) == kinds
+    assert len(set(losses)) == 3
+    assert bits((params, inputs)) == before
+
+
+@law(fast)
+def test_the_compiled_step_makes_no_array_of_a_weight_s_size(method, case):
+    sizes = weight_sizes(setting(case, method.tuning).shapes.sites)
+    found = made(compiled_step(case, method.tuning).as_text(), sizes)
+    if found:
+        found -= made(compiled_base(case).as_text(), sizes)
+    assert not found
+
+
+def weight_sizes(sites):
+    """Elements of each weight that products use, and of one layer or expert of it."""
+    linear = [site for site in sites if site.linear]
+    return {size for site in linear for size in (site.size, math.prod(site.sizes("in", "out")))}
