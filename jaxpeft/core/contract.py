@@ -84,38 +84,23 @@ def _join(x: Labelled, f: Labelled, keep: set[int], numerics: Numerics) -> Label
     if not contracted and set(f.labels) <= set(x.labels):
         return Labelled(x.array * _spread(f, x.labels), x.labels)
     batch = [label for label in shared if label in keep]
-    gone = set(shared)
-    free = [[label for label in operand.labels if label not in gone] for operand in (x, f)]
-    array = x.array.astype(numerics.dtype)
-    if not batch and _mergeable(x, free[0]):
-        array = array.reshape(-1, *array.shape[len(free[0]) :])
-    lead = array.ndim - len(x.labels)
     dims = [
         (
-            tuple(x.labels.index(label) + lead for label in group),
+            tuple(x.labels.index(label) for label in group),
             tuple(f.labels.index(label) for label in group),
         )
         for group in (contracted, batch)
     ]
     array = lax.dot_general(
-        array,
+        x.array.astype(numerics.dtype),
         f.array,
         (dims[0], dims[1]),
         precision=numerics.precision,
         preferred_element_type=numerics.accumulate,
     )
-    if lead:
-        array = array.reshape(*x.array.shape[: len(free[0])], *array.shape[1:])
-    return Labelled(array, (*batch, *free[0], *free[1]))
-
-
-def _mergeable(x: Labelled, free: Sequence[int]) -> bool:
-    """Whether to flatten the leading axes of `x` for a product.
-
-    XLA copies the transposed activations for a gradient over two axes (batch, time) at once, but
-    not over one. With several devices those axes may be sharded apart, and are left alone.
-    """
-    return len(free) > 1 and x.labels[: len(free)] == tuple(free) and jax.device_count() == 1
+    gone = set(shared)
+    free = [label for operand in (x, f) for label in operand.labels if label not in gone]
+    return Labelled(array, (*batch, *free))
 
 
 def _sum_out(x: Labelled, keep: set[int]) -> Labelled:
@@ -177,7 +162,8 @@ def dot_general(weight: Einsum, op: Contraction) -> Array:
         x_axis: w_axes[w_axis]
         for x_axis, w_axis in zip((*x_contract, *x_batch), (*w_contract, *w_batch), strict=True)
     }
-    x, x_axes, layout = _label(dropped(weight, op.others[0]), known, weight.layout)
+    array, known = _rows(op, known)
+    x, x_axes, layout = _label(dropped(weight, array), known, weight.layout)
     paired = {*w_contract, *w_batch}
     x_free = [labels for axis, labels in enumerate(x_axes) if axis not in known]
     w_free = [labels for axis, labels in enumerate(w_axes) if axis not in paired]
@@ -188,6 +174,23 @@ def dot_general(weight: Einsum, op: Contraction) -> Array:
     )
     y = product(x, _factors(weight), wanted, layout.size, weight.scale, numerics)
     return y.reshape(op.out.shape).astype(op.out.dtype)
+
+
+def _rows(
+    op: Contraction, known: dict[int, tuple[int, ...]]
+) -> tuple[Array, dict[int, tuple[int, ...]]]:
+    """`x` with its leading free axes (batch, time) as one, and the axes in `known` renumbered.
+
+    XLA copies activations to transpose them for a gradient over several axes, but not over one.
+    With several devices those axes may be sharded apart, so they are left alone. All weights that
+    see one `x` get the same flat array: it is kept once for the backward pass.
+    """
+    (x,) = op.others
+    free = next((axis for axis in range(x.ndim) if axis in known), x.ndim)
+    if free < 2 or jax.device_count() > 1:
+        return x, known
+    flat = op.once(("rows", free), lambda: x.reshape(-1, *x.shape[free:]))
+    return flat, {axis - free + 1: labels for axis, labels in known.items()}
 
 
 def _compute_dtype(x: Array, op: Contraction) -> Any:

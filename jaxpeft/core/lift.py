@@ -174,26 +174,48 @@ def _placeholder(weight: Any) -> Any:
     return jax.ShapeDtypeStruct(weight.shape, weight.dtype)
 
 
+@dataclasses.dataclass
+class Scope:
+    """What is known while one program is evaluated: values, broadcasts, shared results."""
+
+    report: Report
+    env: dict[Any, Any]
+    broadcasts: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def read(self, atom: Any) -> Any:
+        return atom.val if isinstance(atom, jex.Literal) else self.env[atom]
+
+    def once(self, atoms: Sequence[Any], name: Any, f: Callable[[], Any]) -> Any:
+        key = (*atoms, name)
+        if key not in self.memo:
+            self.memo[key] = f()
+        return self.memo[key]
+
+    def factor(self, atom: Any) -> Any:
+        """A scale before it was broadcast, and the axes it lies along; None if it is no such."""
+        value = self.read(atom)
+        if np.ndim(value) == 0 and not isinstance(value, Structured):
+            return value, ()
+        eqn = self.broadcasts.get(atom)
+        source = eqn and self.read(eqn.invars[0])
+        if eqn is None or isinstance(source, Structured):
+            return None
+        return source, tuple(eqn.params["broadcast_dimensions"])
+
+
 def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], report: Report) -> Values:
     """The outputs of `jaxpr`, where some of `args` are structured weights."""
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
-    producers: dict[Any, Any] = {}
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, jex.Literal) else env[atom]
-
+    scope = Scope(report, dict(zip(jaxpr.constvars, consts, strict=True)))
+    scope.env.update(zip(jaxpr.invars, args, strict=True))
     for eqn in jaxpr.eqns:
-        values = [read(atom) for atom in eqn.invars]
-        if any(isinstance(value, Structured) for value in values):
-            scales = [_unbroadcast(atom, producers, read) for atom in eqn.invars]
-            outs = _touched(eqn, values, scales, report)
-        else:
-            outs = run(eqn, values)
-        if eqn.primitive.name == "broadcast_in_dim":
-            producers[eqn.outvars[0]] = eqn
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+        values = [scope.read(atom) for atom in eqn.invars]
+        touched = any(isinstance(value, Structured) for value in values)
+        outs = _touched(eqn, values, scope) if touched else run(eqn, values)
+        if eqn.primitive.name == "broadcast_in_dim" and len(eqn.invars) == 1:
+            scope.broadcasts[eqn.outvars[0]] = eqn
+        scope.env.update(zip(eqn.outvars, outs, strict=True))
+    return [scope.read(atom) for atom in jaxpr.outvars]
 
 
 _DEBUG = jex.DebugInfo("jaxpeft", "one equation", (), ())
@@ -212,39 +234,37 @@ def run(eqn: Any, values: Sequence[Any]) -> Values:
     return [None if isinstance(var, jex.DropVar) else next(results) for var in eqn.outvars]
 
 
-def _touched(eqn: Any, values: Values, scales: Sequence[Any], report: Report) -> Values:
+def _touched(eqn: Any, values: Values, scope: Scope) -> Values:
     """One equation that at least one structured weight reaches."""
     name = eqn.primitive.name
-    outs = None
     if name in control.RULES:
         outs = control.RULES[name](
-            eqn, values, lambda jaxpr, consts, args: evaluate(jaxpr, consts, args, report)
+            eqn, values, lambda jaxpr, consts, args: evaluate(jaxpr, consts, args, scope.report)
         )
     elif name in _LEAFWISE:
         outs = _LEAFWISE[name](values)
     else:
-        outs = _at_weight(eqn, values, scales, report)
-    return _materialized(eqn, values, report) if outs is None else outs
+        outs = _at_weight(eqn, values, scope)
+    if outs is None:
+        return run(eqn, [_dense(eqn, value, scope) for value in values])
+    return outs
 
 
-def _materialized(eqn: Any, values: Values, report: Report) -> Values:
-    return run(eqn, [_dense(eqn, value, report) for value in values])
-
-
-def _dense(eqn: Any, value: Any, report: Report) -> Any:
+def _dense(eqn: Any, value: Any, scope: Scope) -> Any:
     if not isinstance(value, Structured):
         return value
     source = source_info_util.summarize(eqn.source_info)
-    report(Materialized(value.name, eqn.primitive.name, source))
+    scope.report(Materialized(value.name, eqn.primitive.name, source))
     return value.materialize()
 
 
-def _at_weight(eqn: Any, values: Values, scales: Sequence[Any], report: Report) -> Values | None:
+def _at_weight(eqn: Any, values: Values, scope: Scope) -> Values | None:
     """A view of the first weight among the operands, or a product with it."""
     side = next(i for i, value in enumerate(values) if isinstance(value, Structured))
     weight = values[side]
-    values = [v if i == side else _dense(eqn, v, report) for i, v in enumerate(values)]
+    values = [v if i == side else _dense(eqn, v, scope) for i, v in enumerate(values)]
     others = values[:side] + values[side + 1 :]
+    atoms = [atom for i, atom in enumerate(eqn.invars) if i != side]
 
     def bind(array: Any) -> Any:
         return run(eqn, [array if i == side else v for i, v in enumerate(values)])[0]
@@ -253,49 +273,36 @@ def _at_weight(eqn: Any, values: Values, scales: Sequence[Any], report: Report) 
     if name in contract.RULES:
         (var,) = eqn.outvars
         out = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
-        result = weight.contract(Contraction(name, eqn.params, side, tuple(others), out, bind))
+        once = functools.partial(scope.once, atoms)
+        op = Contraction(name, eqn.params, side, tuple(others), out, bind, once)
+        result = weight.contract(op)
         return None if result is None else [result]
     if name == "split":
         parts = [apply_view(weight, view) for view in views.pieces(eqn.params, weight.shape)]
         return None if any(part is None for part in parts) else parts
-    return _viewed(eqn, weight, side, others, scales, bind)
-
-
-def _viewed(
-    eqn: Any, weight: Structured, side: int, others: Values, scales: Sequence[Any], bind: Any
-) -> Values | None:
-    name = eqn.primitive.name
-    if name in ("mul", "div"):
-        kind = _scale(name, side, scales[1 - side]) if eqn.invars[0] is not eqn.invars[1] else None
-    elif name == "neg":
-        kind = "scale", (np.asarray(-1, weight.dtype), ())
-    else:
-        kind = views.read(name, eqn.params, weight.shape, others) if side == 0 else None
-    if kind is None:
-        return None
-    result = weight.view(View(kind[0], kind[1], bind))
+    kind = _view_of(eqn, weight, side, others, [scope.factor(atom) for atom in atoms])
+    result = kind and weight.view(View(kind[0], kind[1], bind))
     return None if result is None else [result]
 
 
-def _scale(name: str, side: int, scale: Any) -> Any:
+def _view_of(
+    eqn: Any, weight: Structured, side: int, others: Values, factors: Sequence[Any]
+) -> Any:
+    """`(kind, args)` of the view that an equation takes of a weight; None if it is none."""
+    name = eqn.primitive.name
+    if name == "neg":
+        return "scale", (np.asarray(-1, weight.dtype), ())
+    if name in ("mul", "div"):
+        return _scale(name, side, factors[0])
+    return views.read(name, eqn.params, weight.shape, others) if side == 0 else None
+
+
+def _scale(name: str, side: int, factor: Any) -> Any:
     """`w * v` and `w / v` for a scalar `v` or one that was broadcast; `v / w` is no scaling."""
-    if scale is None or (name == "div" and side == 1):
+    if factor is None or (name == "div" and side == 1):
         return None
-    value, dimensions = scale
+    value, dimensions = factor
     return "scale", (1 / value if name == "div" else value, dimensions)
-
-
-def _unbroadcast(atom: Any, producers: dict[Any, Any], read: Callable[[Any], Any]) -> Any:
-    """A factor before it was broadcast, and the axes it lies along; None if it is a full array."""
-    if isinstance(atom, jex.Literal):
-        return atom.val, ()
-    eqn = producers.get(atom)
-    if eqn is not None and len(eqn.invars) == 1:
-        value = read(eqn.invars[0])
-        dense = not isinstance(value, Structured)
-        return (value, tuple(eqn.params["broadcast_dimensions"])) if dense else None
-    value = read(atom)
-    return (value, ()) if not isinstance(value, Structured) and np.ndim(value) == 0 else None
 
 
 _LEAFWISE: dict[str, Callable[[Values], Values]] = {

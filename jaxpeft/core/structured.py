@@ -27,6 +27,7 @@ class Contraction(NamedTuple):
     `kind` names the primitive, `params` are its parameters, `side` is the weight's operand
     position, `others` are the remaining operands in order, `out` is the result's shape and dtype.
     `bind(array)` runs the program's own operation on an array that stands in for the weight.
+    `once(name, f)` is `f()`, computed once for all weights that meet the same other operand.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Contraction(NamedTuple):
     others: tuple[Array, ...]
     out: jax.ShapeDtypeStruct
     bind: Callable[[Array], Array]
+    once: Callable[[Any, Callable[[], Array]], Array] = lambda name, f: f()
 
 
 class Structured:
@@ -102,11 +104,11 @@ class Sum(Structured):
     name: str = static(default="")
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self) -> tuple[int, ...]:
         return self.parts[0].shape
 
     @property
-    def dtype(self) -> Any:  # type: ignore[override]
+    def dtype(self) -> Any:
         return self.parts[0].dtype
 
     def materialize(self, dtype: DTypeLike | None = None) -> Array:
@@ -129,7 +131,7 @@ class Sum(Structured):
         halves = [unstack(part) for part in self.parts]
         if any(half is None for half in halves):
             return None
-        stacked, rebuild = zip(*halves, strict=True)  # type: ignore[arg-type]
+        stacked, rebuild = zip(*halves, strict=True)
         return stacked, lambda slices: Sum(
             tuple(build(part) for build, part in zip(rebuild, slices, strict=True)), self.name
         )
