@@ -47,7 +47,7 @@ class Einsum(Structured):
     rate: float = static(default=0.0)
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.layout.shape
 
     def materialize(self, dtype: DTypeLike | None = None) -> Array:

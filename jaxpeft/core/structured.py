@@ -104,7 +104,7 @@ class Sum(Structured):
     name: str = static(default="")
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.parts[0].shape
 
     @property
