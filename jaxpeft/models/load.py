@@ -62,13 +62,12 @@ def load(
     table = names(config)
     _check_names(checkpoint, table)
     model = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    graphdef, abstract = nnx.split(model)
-    flat = nnx.to_flat_state(abstract)
+    flat = nnx.to_flat_state(nnx.state(model))
     rows = {name.path: name for name in table}
-    loaded = [
-        (path, leaf.replace(_place(_read(checkpoint, rows["/".join(path)], leaf), path, mesh)))
-        for path, leaf in flat
-    ]
+    loaded = []
+    for path, leaf in flat:
+        values = _read(checkpoint, rows["/".join(map(str, path))], leaf)
+        loaded.append((path, leaf.replace(_place(values, path, mesh))))
     return model, nnx.from_flat_state(loaded)
 
 

@@ -8,9 +8,9 @@ from jaxpeft.models.config import DecoderConfig
 class Name(NamedTuple):
     """One row of the table.
 
-    `path` is the key path in the params tree, `tensor` the Hugging Face name and `gguf` llama.cpp's,
-    both with `{layer}` where the weight is stacked over layers on its axis 0. `transposed` says
-    that the Hugging Face matrix is `(out, in)` while ours is `(in, out)`.
+    `path` is the key path in the params tree, `tensor` the Hugging Face name and `gguf` that of
+    llama.cpp, both with `{layer}` where the weight is stacked over layers on its axis 0.
+    `transposed` says that the Hugging Face matrix is `(out, in)` while ours is `(in, out)`.
     """
 
     path: str

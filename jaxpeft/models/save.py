@@ -96,7 +96,8 @@ def _dtype(leaves: dict[str, np.ndarray]) -> str:
     if len(dtypes) != 1 or dtypes[0] not in _DTYPES:
         raise ValueError(
             f"params have dtypes {', '.join(dtypes)}; transformers needs a single one of "
-            f"{', '.join(_DTYPES)}. Cast first: jax.tree.map(lambda x: x.astype('float32'), params)."
+            f"{', '.join(_DTYPES)}. Cast first: "
+            "jax.tree.map(lambda x: x.astype('float32'), params)."
         )
     return dtypes[0]
 
@@ -149,7 +150,8 @@ def _write(path: Path, shard: list[Piece], leaves: dict[str, np.ndarray]) -> Non
 def _save_tokenizer(directory: Path, source: Path) -> None:
     if not source.exists():
         raise FileNotFoundError(
-            f"tokenizer_from={str(source)!r} does not exist. Give a model directory or a .gguf file."
+            f"tokenizer_from={str(source)!r} does not exist. "
+            "Give a model directory or a .gguf file."
         )
     if find_gguf(source) is not None:
         load_tokenizer(source).save_pretrained(directory)

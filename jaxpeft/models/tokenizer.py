@@ -3,7 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -109,7 +117,7 @@ def _check_kind(path: str | Path, model: str | None, pre: str | None) -> None:
 
 
 def _backend(tokens: list[str], merges: list[str], pre: str) -> Tokenizer:
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [(first, second) for first, second in (merge.split(" ") for merge in merges)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(BPE(vocabulary, pairs, ignore_merges=pre in _WHOLE_WORDS_FIRST))
     if pre in _NFC:

@@ -64,9 +64,14 @@ def sample(
 
     Returns:
         `int32[B]`.
+
+    Raises:
+        ValueError: a temperature is given without a key.
     """
     if temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if key is None:
+        raise ValueError(f"temperature={temperature} draws at random and needs a key.")
     logits = logits / temperature
     logits = logits if top_k is None else keep_top_k(logits, top_k)
     logits = logits if top_p is None else keep_top_p(logits, top_p)

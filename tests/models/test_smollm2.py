@@ -18,7 +18,9 @@ from jaxpeft.models import load, load_tokenizer
 from jaxpeft.serve import generate
 
 pytestmark = pytest.mark.slow
-TEXT = "The three laws of thermodynamics say that 12 things, in 1850, cannot be had for free.\n\n  9"
+TEXT = (
+    "The three laws of thermodynamics say that 12 things, in 1850, cannot be had for free.\n\n  9"
+)
 
 
 @pytest.fixture(scope="module")
