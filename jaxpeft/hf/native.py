@@ -1,0 +1,259 @@
+"""The native adapter file: one safetensors file that holds any adapter.
+
+Tensors are named `site path/leaf`. The header's metadata has one key, "jaxpeft", with JSON: the
+format's version, the sites, each site's leaves, its method's name and options, and a SHA-256 over
+the tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import pkgutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxpeft.methods
+from jaxpeft.core.sites import Site
+from jaxpeft.core.transform import Adapter, Method, Tuned, compose, resolve
+from jaxpeft.core.tree import leaves_with_paths
+from jaxpeft.flax import transform
+from jaxpeft.hf import methods
+from jaxpeft.hf.files import read_tensors, some, write_directory, write_tensors
+from jaxpeft.hf.read import at_paths
+
+VERSION = 1
+_KEY = "jaxpeft"
+
+
+def save(path: str | Path, adapter: Adapter, tuned: Tuned) -> None:
+    """Writes an adapter of any methods to one safetensors file, in the dtypes that it has.
+
+    The file is written whole and then moved into place.
+
+    Args:
+        path: of the file, such as "adapter.safetensors".
+        adapter: what to save.
+        tuned: the tuned model that it belongs to, whose methods are written by name and options.
+
+    Raises:
+        ValueError: if two leaves would have the same name.
+
+    Example:
+        >>> jp.save("adapter.safetensors", adapter, tuned)  # doctest: +SKIP
+        >>> tuned, adapter = jp.load("adapter.safetensors", model)  # doctest: +SKIP
+    """
+    path = Path(path)
+    chosen = resolve(tuned.tuning, adapter.sites, tuned.head, whole=False)
+    tensors = _named(adapter)
+    notes = {
+        "version": VERSION,
+        "sites": [site.to_json() for site in adapter.sites],
+        "methods": {site: describe(chosen[site]) for site in adapter},
+        "sha256": _digest(tensors),
+    }
+    metadata = {_KEY: json.dumps(notes, sort_keys=True)}
+    write_directory(
+        path.parent, [path.name], lambda made: write_tensors(made / path.name, tensors, metadata)
+    )
+
+
+def load(path: str | Path, model: Any, *, tuning: Any = None) -> tuple[Tuned, Adapter]:
+    """Reads what `save` wrote.
+
+    Args:
+        path: of the file.
+        model: the model that the adapter is for, as for `jaxpeft.transform`.
+        tuning: the tuning that the adapter was made with. Needed for methods that are not of this
+            library or have functions among their options; others are made again from the file.
+
+    Returns:
+        `(tuned, adapter)`. A method that is made again starts fresh adapters in its default way.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or no adapter, lacks a tensor or has one too many, or `tuning`
+            is not what it was saved with.
+    """
+    path = Path(path)
+    tensors, metadata = read_tensors(path)
+    notes = _read_notes(path, metadata)
+    if notes["sha256"] != _digest(tensors):
+        raise ValueError(f"{path} is damaged: its tensors have another SHA-256 than when saved.")
+    sites, described = _parse(path, notes)
+    if tuning is None:
+        chosen = {site.path: _build(path, site, described[site.path]) for site in sites}
+        tuned = transform(model, at_paths(chosen))
+    else:
+        tuned = transform(model, tuning)
+        chosen = resolve(tuning, sites, tuned.head, whole=False)
+        _check_tuning(path, chosen, described)
+    expected = Adapter({s.path: _shapes(chosen[s.path], s) for s in sites}, sites)
+    return tuned, _filled(path, expected, tensors)
+
+
+def _named(adapter: Adapter) -> dict[str, Any]:
+    pairs, _ = leaves_with_paths(adapter)
+    named = {name: np.asarray(leaf) for name, leaf in pairs}
+    if len(named) < len(pairs):
+        raise ValueError(f"two leaves have one name among {some(named)}. Rename a parameter.")
+    return named
+
+
+def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype.name} {tensor.shape};".encode())
+        digest.update(np.ascontiguousarray(tensor).tobytes())
+    return digest.hexdigest()
+
+
+def describe(method: Method) -> dict[str, Any]:
+    """A method's name and options as JSON values.
+
+    >>> from jaxpeft.methods.full import full
+    >>> describe(full())
+    {'name': 'full', 'options': {}}
+    """
+    try:
+        return {"name": method.name, "options": json.loads(json.dumps(dict(method.options)))}
+    except TypeError as error:
+        raise ValueError(
+            f"the options of {method.name!r} are no JSON values: {error}. A method's `options` "
+            "hold numbers, strings, lists and dicts."
+        ) from error
+
+
+def _read_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if _KEY not in metadata:
+        raise ValueError(
+            f"{path} is a safetensors file, but none that jaxpeft.save wrote. Adapters of Hugging "
+            "Face PEFT are read with jaxpeft.hf.load_adapter(directory, model)."
+        )
+    try:
+        notes = json.loads(metadata[_KEY])
+        version = notes["version"]
+        whole = {"sites", "methods", "sha256"} <= notes.keys()
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: its metadata cannot be read ({error!r}).") from error
+    if version != VERSION or not whole:
+        raise ValueError(
+            f"{path} has format version {version!r}; this version of jaxpeft reads {VERSION}."
+        )
+    return notes
+
+
+def _parse(path: Path, notes: Mapping[str, Any]) -> tuple[list[Site], dict[str, Any]]:
+    try:
+        sites = [Site.from_json(site) for site in notes["sites"]]
+        for site in sites:
+            jax.ShapeDtypeStruct(site.shape, site.dtype)
+        described = {
+            site.path: {
+                "name": str(notes["methods"][site.path]["name"]),
+                "options": dict(notes["methods"][site.path]["options"]),
+            }
+            for site in sites
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: a site cannot be read ({error!r}).") from error
+    return sites, described
+
+
+def _build(path: Path, site: Site, described: Mapping[str, Any]) -> Method:
+    name, options = described["name"], described["options"]
+    found = _from_options(name, options)
+    if found is None:
+        raise ValueError(
+            f"{path}: the method {name!r} with options {options} at {site.path!r} cannot be made "
+            "from a file. Pass the tuning that it was saved with: jaxpeft.load(path, model, "
+            "tuning=...)."
+        )
+    return found
+
+
+def _from_options(name: str, options: Mapping[str, Any]) -> Method | None:
+    if options and all(number.isdigit() for number in options):
+        return _chain(name.split("+"), options)
+    for factory in factories():
+        method = _attempt(factory, options)
+        if method and describe(method) == {"name": name, "options": options}:
+            return method
+    return None
+
+
+def _chain(names: list[str], options: Mapping[str, Any]) -> Method | None:
+    if len(names) != len(options):
+        return None
+    stages = {
+        int(number): _from_options(name, options[number])
+        for name, number in zip(names, options, strict=True)
+    }
+    if None in stages.values() or max(stages) > 1000:
+        return None
+    return compose([stages.get(i) for i in range(max(stages) + 1)])
+
+
+def _attempt(factory: Callable[..., Any], options: Mapping[str, Any]) -> Method | None:
+    wanted = inspect.signature(factory).parameters
+    try:
+        method = factory(**{name: options[name] for name in wanted if name in options})
+    except (TypeError, ValueError):
+        return None
+    return method if isinstance(method, Method) else None
+
+
+def factories() -> list[Callable[..., Any]]:
+    """The functions of `jaxpeft.methods` and `jaxpeft.hf.methods` that return a method."""
+    modules = [
+        importlib.import_module(f"{jaxpeft.methods.__name__}.{info.name}")
+        for info in pkgutil.iter_modules(jaxpeft.methods.__path__)
+    ]
+    return [
+        value
+        for module in [*modules, methods]
+        for name, value in vars(module).items()
+        if inspect.isfunction(value)
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+        and inspect.signature(value).return_annotation in ("Method", Method)
+    ]
+
+
+def _check_tuning(path: Path, chosen: Mapping[str, Method], described: Mapping[str, Any]) -> None:
+    for site, saved in described.items():
+        now = describe(chosen[site]) if site in chosen else None
+        if now != saved:
+            raise ValueError(
+                f"{path} was saved with {saved} at {site!r}, but tuning= has {now} there. "
+                "Pass the tuning that it was saved with."
+            )
+
+
+def _shapes(method: Method, site: Site) -> Any:
+    weight = jax.ShapeDtypeStruct(site.shape, site.dtype)
+    return jax.eval_shape(lambda k, w: method.init(k, site, w), jax.random.key(0), weight)
+
+
+def _filled(path: Path, expected: Adapter, tensors: Mapping[str, np.ndarray]) -> Adapter:
+    pairs, tree = leaves_with_paths(expected)
+    shapes = {name: tuple(leaf.shape) for name, leaf in pairs}
+    problems = [
+        *(f"{name} is missing" for name in sorted(shapes.keys() - tensors.keys())),
+        *(f"{name} is not expected" for name in sorted(tensors.keys() - shapes.keys())),
+        *(
+            f"{name} has shape {tensors[name].shape}, expected {shape}"
+            for name, shape in shapes.items()
+            if name in tensors and tensors[name].shape != shape
+        ),
+    ]
+    if problems:
+        raise ValueError(f"{path} does not fit its own list of methods: {some(problems, 12)}.")
+    return tree.unflatten([jnp.asarray(tensors[name]) for name, _ in pairs])

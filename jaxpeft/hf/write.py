@@ -1,0 +1,395 @@
+"""Writes PEFT's LoRA adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxpeft.core.sites import Site
+from jaxpeft.core.transform import Adapter, Tuned, resolve
+from jaxpeft.hf.config import CONFIG, WEIGHTS, Options, full_config
+from jaxpeft.hf.files import some, write_directory, write_json, write_tensors
+from jaxpeft.hf.match import ends, parts, search, shortest
+from jaxpeft.hf.read import NOTES, PREFIX, low_rank_keys, torch_axes
+from jaxpeft.hf.table import HEAD, Row, Table, of_adapter, of_model, of_names
+
+
+class PeftFormatError(ValueError):
+    """An adapter that PEFT's LoRA format cannot express; `jaxpeft.save` can store it."""
+
+    def __init__(self, problem: str):
+        super().__init__(
+            f"PEFT's LoRA format cannot express this adapter: {problem} "
+            "Use jaxpeft.save(path, adapter, tuned), which stores any adapter."
+        )
+
+
+class Stage(NamedTuple):
+    """One method at one site: its name, options and leaves."""
+
+    name: str
+    options: Mapping[str, Any]
+    leaves: Mapping[str, Any]
+
+
+class Pair(NamedTuple):
+    """LoRA at one torch module; `a` is (rank, in), `b` is (out, rank)."""
+
+    row: Row
+    a: np.ndarray
+    b: np.ndarray
+    alpha: float
+    rslora: bool
+    dropout: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclasses.dataclass
+class _Found:
+    """What an adapter does, by torch module."""
+
+    pairs: dict[str, Pair] = dataclasses.field(default_factory=dict)
+    full: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    lora_bias: dict[str, tuple[np.ndarray, float]] = dataclasses.field(default_factory=dict)
+    tokens: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+def save_adapter(
+    directory: str | Path,
+    tuned: Tuned,
+    adapter: Adapter,
+    *,
+    model: Any = None,
+    names: Mapping[str, str] | None = None,
+    sites: Sequence[Site] | None = None,
+    base_model_name: str | None = None,
+    task_type: str | None = "CAUSAL_LM",
+) -> None:
+    """Writes a LoRA adapter as PEFT does, in float32, for `peft.PeftModel.from_pretrained`.
+
+    `full()` on whole modules becomes `modules_to_save`; on the biases of all modules, or of all
+    modules with LoRA, it becomes PEFT's `bias` option. A file `jaxpeft.json` beside PEFT's own
+    keeps the names and sites, so that `load_adapter` needs neither. Each file is written whole and
+    then moved into place.
+
+    Args:
+        directory: made if absent; an adapter in it is replaced.
+        tuned: of `jaxpeft.transform` or `load_adapter`.
+        adapter: what to save.
+        model: the model that `tuned` was made of. Needed where biases are trained, to know which
+            others there are.
+        names: the torch modules of a model that is not of this library, as for `load_adapter`.
+        sites: all of that model's parameters, as for `load_adapter`; what `model` is good for.
+        base_model_name: directory or hub name of the base model, for PEFT's users.
+        task_type: PEFT's.
+
+    Raises:
+        PeftFormatError: a `ValueError`, if PEFT's LoRA cannot express the adapter.
+        ValueError: if torch names are not known.
+
+    Example:
+        >>> jp.hf.save_adapter("my-adapter", tuned, adapter)  # doctest: +SKIP
+        >>> peft.PeftModel.from_pretrained(torch_model, "my-adapter")  # doctest: +SKIP
+    """
+    table = _find_table(adapter, model, names, sites)
+    found = _collect(tuned, adapter, table)
+    config = _config(found, table)
+    _check_config(config, found, table)
+    about = {"base_model_name_or_path": base_model_name, "task_type": task_type}
+    notes = {"format": "jaxpeft", "version": 1, **table.to_json(adapter.sites)}
+
+    def write(made: Path) -> None:
+        write_tensors(made / WEIGHTS, _tensors(found, config, table), {"format": "pt"})
+        write_json(made / NOTES, notes)
+        write_json(made / CONFIG, config | about)
+
+    write_directory(Path(directory), (WEIGHTS, NOTES, CONFIG), write)
+
+
+def _find_table(adapter: Adapter, model: Any, names: Any, sites: Any) -> Table:
+    if names is not None:
+        return of_names(names, adapter.sites if sites is None else sites, sites is not None)
+    return of_model(model) or of_adapter(adapter)
+
+
+def _collect(tuned: Tuned, adapter: Adapter, table: Table) -> _Found:
+    chosen = resolve(tuned.tuning, adapter.sites, tuned.head, whole=False)
+    found = _Found()
+    for path, leaves in adapter.items():
+        if path not in table.rows:
+            raise ValueError(f"names has no torch module for {path!r}, which the adapter tunes.")
+        row = table.rows[path]
+        _check_site(row)
+        method = chosen[path]
+        for stage in stages_of(method.name, method.options, leaves):
+            _add(stage, row, found)
+    return found
+
+
+def stages_of(name: str, options: Mapping[str, Any], leaves: Mapping[str, Any]) -> list[Stage]:
+    """The methods of a chain at one site, or the only one."""
+    if not options or not all(number.isdigit() for number in options):
+        return [Stage(name, options, leaves)]
+    names = name.split("+")
+    if len(names) != len(options):
+        raise PeftFormatError(f"{name!r} is a chain of chains.")
+    pairs = zip(names, options, strict=True)
+    return [Stage(part, options[number], leaves[number]) for part, number in pairs]
+
+
+def _check_site(row: Row) -> None:
+    if row.site.axes("batch") or (row.site.axes("stack") and not row.stacked):
+        raise PeftFormatError(
+            f"{row.path!r} (roles {row.site.roles}) holds more than {row.tensor!r} can."
+        )
+    if any("conv" in use for use in row.site.uses):
+        raise PeftFormatError(f"{row.path!r} is a convolution.")
+
+
+def _add(stage: Stage, row: Row, found: _Found) -> None:
+    add = _ADD.get(stage.name)
+    if add is None:
+        raise PeftFormatError(f"{row.path!r} is tuned with {stage.name!r}, not with LoRA.")
+    add(stage, row, found)
+
+
+_LORA_OPTIONS = {"rank", "alpha", "dropout", "scale", "rslora", "ranks", "alphas"}
+
+
+def _add_lora(stage: Stage, row: Row, found: _Found) -> None:
+    options = stage.options
+    if unknown := options.keys() - _LORA_OPTIONS:
+        raise PeftFormatError(f"LoRA at {row.path!r} has the options {some(unknown)}.")
+    count = len(row.modules)
+    stack = (count,) if row.stacked else (1,)
+    a, b = (np.asarray(stage.leaves[name], np.float32) for name in ("a", "b"))
+    top = a.shape[1 if row.stacked else 0]
+    a, b = a.reshape(*stack, top, -1), b.reshape(*stack, top, -1)
+    rslora = bool(options.get("rslora"))
+    ranks = options.get("ranks", [top] * count)
+    alphas = options.get("alphas", [options["alpha"]] * count)
+    for layer, module in enumerate(row.modules):
+        rank, alpha = ranks[layer], alphas[layer]
+        if a[layer, rank:].any() or b[layer, rank:].any():
+            alpha = _same_scale(rank, alpha, top, options["scale"], rslora)
+            rank = top
+        if rank:
+            if module in found.pairs:
+                raise PeftFormatError(f"{row.path!r} has more than one LoRA.")
+            pair = Pair(row, a[layer, :rank], b[layer, :rank].T, alpha, rslora, options["dropout"])
+            found.pairs[module] = pair
+
+
+def _same_scale(rank: int, alpha: float, top: int, otherwise: float, rslora: bool) -> float:
+    """The alpha at rank `top` with the scale that `alpha` gives at `rank`."""
+    size = math.sqrt if rslora else float
+    return (alpha / size(rank) if rank else otherwise) * size(top)
+
+
+def _add_full(stage: Stage, row: Row, found: _Found) -> None:
+    layers = stage.options.get("layers", range(len(row.modules)))
+    values = _torch_values(stage.leaves["value"], row)
+    for layer in layers:
+        found.full.setdefault(row.modules[layer], {})[row.attribute] = values[layer]
+
+
+def _torch_values(value: Any, row: Row) -> np.ndarray:
+    axes, shape = torch_axes(row)
+    ordered = np.asarray(value, np.float32).transpose(axes)
+    return ordered.reshape(len(row.modules), *shape)
+
+
+def _add_base(stage: Stage, row: Row, found: _Found) -> None:
+    values = _torch_values(stage.leaves["value"], row)
+    for layer in stage.options.get("layers", range(len(row.modules))):
+        found.tensors[f"{row.modules[layer]}.base_layer.weight"] = values[layer]
+
+
+def _add_lora_bias(stage: Stage, row: Row, found: _Found) -> None:
+    values = _torch_values(stage.leaves["b"], row)
+    for layer, scale in enumerate(stage.options["scales"]):
+        if scale:
+            found.lora_bias[row.modules[layer]] = values[layer], scale
+
+
+def _add_tokens(stage: Stage, row: Row, found: _Found) -> None:
+    module = row.modules[0]
+    found.tokens[module] = list(stage.options["rows"])
+    key = f"{module}.token_adapter.trainable_tokens_delta"
+    found.tensors[key] = np.asarray(stage.leaves["value"], np.float32)
+
+
+_ADD = {
+    "lora": _add_lora,
+    "full": _add_full,
+    "base": _add_base,
+    "lora_bias": _add_lora_bias,
+    "token_rows": _add_tokens,
+}
+
+
+def _config(found: _Found, table: Table) -> dict[str, Any]:
+    if not found.pairs:
+        raise PeftFormatError("it has no LoRA, and PEFT needs at least one module with it.")
+    dropouts = {pair.dropout for pair in found.pairs.values()}
+    if len(dropouts) > 1:
+        raise PeftFormatError(f"lora_dropout is one value, but sites have {sorted(dropouts)}.")
+    modules = _modules(table)
+    rslora = all(pair.rslora for pair in found.pairs.values())
+    ranks = {module: pair.rank for module, pair in found.pairs.items()}
+    alphas = {module: _alpha(pair, rslora) for module, pair in found.pairs.items()}
+    rank, alpha = _usual(ranks.values()), _usual(alphas.values())
+    whole = [m for m in found.full if "weight" in found.full[m]]
+    to_target = shortest(found.pairs, modules, lambda name, module: ends(module, [name]))
+    to_save = shortest(whole, modules, lambda name, module: module.endswith(name))
+    return full_config(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropouts.pop(),
+        use_rslora=rslora,
+        rank_pattern=_pattern(ranks, rank),
+        alpha_pattern=_pattern(alphas, alpha),
+        target_modules=to_target if table.shortens else sorted(found.pairs),
+        modules_to_save=(to_save if table.shortens else sorted(whole)) or None,
+        bias=_bias(found, whole, table),
+        lora_bias=_has_lora_bias(found),
+        trainable_token_indices=found.tokens or None,
+        ensure_weight_tying=_tied(found, table),
+    )
+
+
+def _modules(table: Table) -> list[str]:
+    """All modules, with those that only hold others, and a tied head."""
+    known = [*table.modules, *table.others]
+    found = {part for module in known for part in parts(module)}
+    return sorted(found | ({HEAD} if table.tied else set()))
+
+
+def _alpha(pair: Pair, rslora: bool) -> float:
+    alpha = pair.alpha if pair.rslora == rslora else pair.scale * pair.rank
+    return int(alpha) if float(alpha).is_integer() else float(alpha)
+
+
+def _usual(values: Iterable[Any]) -> Any:
+    """The most frequent value, the largest among equals."""
+    return max(Counter(values).items(), key=lambda item: (item[1], item[0]))[0]
+
+
+def _pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for value in sorted(set(values.values()) - {usual}):
+        wanted = [module for module in values if values[module] == value]
+        for name in shortest(wanted, values, _fits_pattern):
+            found[name] = value
+    return found
+
+
+def _fits_pattern(key: str, module: str) -> bool:
+    return search(rf"(.*\.)?({key})$", "rank_pattern").match(module) is not None
+
+
+def _bias(found: _Found, whole: Sequence[str], table: Table) -> str:
+    _check_whole(found, whole, table)
+    tuned = {m for m in found.full if "bias" in found.full[m]} - set(whole)
+    if not tuned:
+        return "none"
+    if not table.complete:
+        raise ValueError(
+            "biases are trained, and PEFT needs to know whether these are all. Pass model=, or "
+            "sites= for a model with names=."
+        )
+    biased = {m for m, held in table.modules.items() if "bias" in held} - set(whole)
+    if tuned == biased & found.pairs.keys():
+        return "lora_only"
+    if tuned == biased:
+        return "all"
+    raise PeftFormatError(
+        f"full() is on the biases of {len(tuned)} modules ({some(tuned, 3)}), where PEFT's `bias` "
+        f"can train those of all {len(biased)} modules, or of the modules with LoRA."
+    )
+
+
+def _check_whole(found: _Found, whole: Sequence[str], table: Table) -> None:
+    modules = table.modules
+    for module in whole:
+        if module in found.pairs:
+            raise PeftFormatError(f"{module!r} has both LoRA and full().")
+        missing = modules[module].keys() - found.full[module].keys()
+        if missing:
+            raise PeftFormatError(
+                f"full() is on the weight of {module!r} but not on its {some(missing)}; "
+                "PEFT's modules_to_save trains whole modules."
+            )
+        linear = modules[module]["weight"].linear
+        if linear and not table.complete and "bias" not in found.full[module]:
+            raise ValueError(
+                f"full() is on {module!r}, and PEFT needs to know whether it has a bias. "
+                "Pass model=, or sites= for a model with names=."
+            )
+
+
+def _has_lora_bias(found: _Found) -> bool:
+    without = found.pairs.keys() - found.lora_bias.keys()
+    if found.lora_bias and (without or found.lora_bias.keys() - found.pairs.keys()):
+        raise PeftFormatError(f"lora_bias is on some modules with LoRA, not on {some(without)}.")
+    return bool(found.lora_bias)
+
+
+def _tied(found: _Found, table: Table) -> bool:
+    """Whether a table that is also the head is changed, which PEFT takes for two weights."""
+    module = table.tied.modules[0] if table.tied else None
+    return module in found.pairs or module in found.full
+
+
+def _check_config(config: Mapping[str, Any], found: _Found, table: Table) -> None:
+    """That PEFT will choose these modules, and no others."""
+    options = Options(**{f.name: config[f.name] for f in dataclasses.fields(Options)})
+    for module in _modules(table):
+        chosen = options.targets(module, False, HEAD)
+        whole = "weight" in found.full.get(module, {})
+        pair = found.pairs.get(module)
+        right = chosen == bool(pair) and options.saves(module) == whole
+        if pair:
+            sizes = pair.rank, _alpha(pair, options.use_rslora)
+            right &= sizes == (options.rank(module), options.alpha(module))
+        if not right:
+            raise PeftFormatError(f"no configuration chooses {module!r} as the adapter does.")
+
+
+def _tensors(found: _Found, config: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
+    tensors = dict(found.tensors)
+    for module, pair in found.pairs.items():
+        a_key, b_key = low_rank_keys(pair.row, module)
+        tensors |= {a_key: pair.a, b_key: pair.b}
+    for module, values in found.full.items():
+        inner = "base_layer." if module in found.pairs else ""
+        tensors |= {f"{module}.{inner}{name}": value for name, value in values.items()}
+    for module, (value, scale) in found.lora_bias.items():
+        tensors[f"{module}.lora_B.bias"] = value * np.float32(scale / found.pairs[module].scale)
+    if config["ensure_weight_tying"] and table.tied:
+        tensors |= _head_tensors(table.tied.modules[0], tensors)
+    return {PREFIX + name: tensor for name, tensor in sorted(tensors.items())}
+
+
+def _head_tensors(module: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tied head once more, as PEFT lists it."""
+    if f"{module}.weight" in tensors:
+        return {f"{HEAD}.weight": tensors[f"{module}.weight"]}
+    return {
+        f"{HEAD}.lora_A.weight": tensors[f"{module}.lora_embedding_B"].T,
+        f"{HEAD}.lora_B.weight": tensors[f"{module}.lora_embedding_A"].T,
+    }
