@@ -16,7 +16,11 @@ import numpy as np
 import jaxpeft as jp
 from tests.cases.case import Built, Case, normal
 
-STEPS, RATE = 3, 0.1
+RATE = 0.1
+
+# Compiling is what these tests spend their time on. The first option leaves out LLVM's work alone:
+# the arrays that a program makes are decided before it.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +99,7 @@ def values(case: Case, tuning: Callable[[], Any]) -> dict[str, Any]:
     """Everything that the laws compare, from one program."""
     here = setting(case, tuning)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def program(params: Any, inputs: Any, change: Any) -> dict[str, Any]:
         fresh = here.init(params, inputs)
         adapter = jax.tree.map(jnp.add, fresh, change)
@@ -137,7 +141,7 @@ def compiled_step(case: Case, tuning: Callable[[], Any], through: str = "apply")
         lowered = jax.jit(step(getattr(here, through))).lower(
             here.shapes, here.built.params, here.built.inputs
         )
-    return lowered.compile()
+    return lowered.compile(QUICK)
 
 
 @functools.cache
@@ -146,7 +150,7 @@ def compiled_base(case: Case) -> Any:
     built = build(case)
     fn = jp.transform(built.model, jp.full()).fn
     forward = functools.partial(fn, **built.kwargs)
-    return jax.jit(forward).lower(built.params, *built.inputs).compile()
+    return jax.jit(forward).lower(built.params, *built.inputs).compile(QUICK)
 
 
 def difference(got: Any, want: Any) -> float:

@@ -133,7 +133,7 @@ class Stack(nnx.Module):
 
     def __init__(self, rngs, run: Callable[[Any, Any], Any], axis: int = 0):
         make = nnx.vmap(Block, in_axes=0, out_axes=axis)
-        self.blocks = make(rngs.fork(split=3))
+        self.blocks = make(rngs.split(3))
         self.run = run
 
     def __call__(self, x):
