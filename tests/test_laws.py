@@ -1,6 +1,7 @@
 """Laws that hold for every method on every model: one table, methods x laws x cases."""
 
 import dataclasses
+import functools
 import math
 import string
 
@@ -13,7 +14,16 @@ import jaxpeft as jp
 from jaxpeft.core.tree import path_of
 from tests.cases import CASES
 from tests.cases.hlo import made
-from tests.cases.measure import compiled_base, compiled_step, difference, setting, values
+from tests.cases.measure import (
+    QUICK,
+    compiled_base,
+    compiled_step,
+    difference,
+    quiet,
+    setting,
+    step,
+    values,
+)
 
 
 def lora():
@@ -97,15 +107,31 @@ def _plain(leaf):
     return not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def kinds(tree):
+    """What a compiled function depends on: the tree, and each leaf's shape, dtype and weakness."""
+    types = map(jax.typeof, jax.tree.leaves(tree))
+    return jax.tree.structure(tree), [(t.shape, t.dtype, t.weak_type) for t in types]
+
+
 def test_the_small_table_has_its_cases():
     assert len(SOME) == 8
     assert len({case.id for case in CASES}) == len(CASES)
 
 
 @law()
-def test_a_fresh_adapter_changes_no_bit(method, case):
+def test_a_fresh_adapter_changes_nothing(method, case):
+    """Compiled: XLA may choose other kernels for a loop with factors in it, so not to the bit."""
     out = values(case, method.tuning)
-    assert bits(out["unchanged"]) == bits(out["base"])
+    assert difference(out["unchanged"], out["base"]) < 1e-6
+
+
+@law(lambda method, case: case in SOME)
+def test_a_fresh_adapter_changes_no_bit_of_any_operation(method, case):
+    here = setting(case, method.tuning)
+    params, inputs = here.built.params, here.built.inputs
+    fresh = values(case, method.tuning)["fresh"]
+    with jax.disable_jit(), quiet(case):
+        assert bits(here.apply(fresh, params, inputs)) == bits(here.base(params, inputs))
 
 
 @law()
@@ -127,7 +153,7 @@ def test_gradients_are_the_same_under_remat(method, case):
     assert difference(out["remat gradient"], out["gradient"]) < case.tolerance
 
 
-@law()
+@law(lambda method, case: case.mapped)
 def test_vmap_over_adapters_is_a_loop_over_adapters(method, case):
     out = values(case, method.tuning)
     for i, name in enumerate(("unchanged", "applied")):
@@ -139,7 +165,7 @@ def test_vmap_over_adapters_is_a_loop_over_adapters(method, case):
 def test_merge_changes_tuned_leaves_only_and_keeps_the_tree(method, case):
     out, params = values(case, method.tuning), setting(case, method.tuning).built.params
     merged = out["merged params"]
-    assert jax.tree.map(jax.typeof, merged) == jax.tree.map(jax.typeof, params)
+    assert kinds(merged) == kinds(params)
     sites = {site.path for site in out["adapter"].sites}
     same = jp.mask(params, lambda path, leaf: path not in sites)
     for kept, old, new in zip(*map(jax.tree.leaves, (same, params, merged)), strict=True):
@@ -187,14 +213,14 @@ def test_the_number_of_parameters_is_the_formula(method, case):
 
 @law(reverse)
 def test_three_steps_keep_the_adapter_s_tree_and_the_inputs(method, case):
-    here, step = setting(case, method.tuning), compiled_step(case, method.tuning)
+    here, descend = setting(case, method.tuning), compiled_step(case, method.tuning)
     params, inputs = here.built.params, here.built.inputs
     adapter, before = values(case, method.tuning)["adapter"], bits((params, inputs))
-    kinds, losses = jax.tree.map(jax.typeof, adapter), []
+    losses, like = [], kinds(adapter)
     for _ in range(3):
-        adapter, value = step(adapter, params, inputs)
+        adapter, value = descend(adapter, params, inputs)
         losses.append(float(value))
-        assert jax.tree.map(jax.typeof, adapter) == kinds
+        assert kinds(adapter) == like
     assert len(set(losses)) == 3
     assert bits((params, inputs)) == before
 
@@ -212,3 +238,69 @@ def weight_sizes(sites):
     """Elements of each weight that products use, and of one layer or expert of it."""
     linear = [site for site in sites if site.linear]
     return {size for site in linear for size in (site.size, math.prod(site.sizes("in", "out")))}
+
+
+@law(some)
+def test_the_check_of_the_step_sees_the_arrays_that_merging_makes(method, case):
+    """The law above can fail: the same step through `merge` makes updates of full size."""
+    sizes = weight_sizes(setting(case, method.tuning).shapes.sites)
+    assert made(compiled_step(case, method.tuning, "merged").as_text(), sizes)
+
+
+@law(some)
+def test_steps_inside_a_scan_are_the_steps_of_a_loop(method, case):
+    here, one = setting(case, method.tuning), compiled_step(case, method.tuning)
+    start, args = values(case, method.tuning)["adapter"], (here.built.params, here.built.inputs)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def many(adapter, *args):
+        return jax.lax.scan(lambda adapter, _: step(here.apply)(adapter, *args), adapter, length=3)
+
+    with quiet(case):
+        scanned, losses = many(start, *args)
+    looped = start
+    for i in range(3):
+        looped, value = one(looped, *args)
+        assert abs(value - losses[i]) < 1e-5 * (1 + abs(value))
+    assert difference(scanned, looped) < 1e-5
+
+
+@law()
+def test_init_needs_shapes_only(method, case):
+    """The values of `full` start at the weights, so it alone cannot do without them."""
+    here = setting(case, method.tuning)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), here.built.params)
+    abstract = jax.eval_shape(lambda: here.init(shapes, here.built.inputs))
+    assert kinds(abstract) == kinds(values(case, method.tuning)["fresh"])
+
+
+@law(lora_only)
+def test_a_bfloat16_base_stays_bfloat16(method, case):
+    here = setting(case, method.tuning)
+    small = jax.tree.map(as_bfloat16, here.built.params)
+    inputs = jax.tree.map(as_bfloat16, here.built.inputs)
+    with quiet(case):
+        got, want, adapter, merged = jax.eval_shape(
+            lambda params, inputs: (
+                here.apply(here.init(params, inputs), params, inputs),
+                here.base(params, inputs),
+                here.init(params, inputs),
+                here.tuned.merge(here.init(params, inputs), params),
+            ),
+            small,
+            inputs,
+        )
+    assert kinds(got) == kinds(want) and kinds(merged) == kinds(small)
+    assert {leaf.dtype for leaf in jax.tree.leaves(adapter)} == {jnp.dtype("float32")}
+
+
+def as_bfloat16(leaf):
+    return leaf.astype(jnp.bfloat16) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.fast], ids=lambda case: case.id)
+def test_strict_refuses_the_cases_that_are_dense(case):
+    built = setting(case, lora).built
+    tuned = jp.transform(built.model, lora(), strict=True)
+    with pytest.raises(jp.MaterializeError, match="is materialized at"):
+        jax.eval_shape(tuned.apply, setting(case, lora).shapes, built.params, *built.inputs)

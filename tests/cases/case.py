@@ -32,7 +32,7 @@ class Case:
         fast: no weight becomes dense with LoRA on every linear map.
         reverse: the model can be differentiated in reverse mode (a `while_loop` cannot).
         tolerance: relative error allowed against the merged model.
-        memory: the compiled step is checked for arrays of the weights' sizes.
+        mapped: `jax.vmap` has rules for all of its operations.
         peers: results of other libraries on such a model, as measured (see `peers.py`).
     """
 
@@ -42,7 +42,7 @@ class Case:
     fast: bool = True
     reverse: bool = True
     tolerance: float = 1e-5
-    memory: bool = True
+    mapped: bool = True
     peers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property

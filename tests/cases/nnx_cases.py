@@ -236,7 +236,7 @@ def vmapped() -> Built:
     return own((5, 7), rows, normal(1, 3, 5))
 
 
-@case(STATE, "batch statistics and dropout, `mutable=True`", peers={"qwix": "fails"})
+@case(STATE, "batch statistics and dropout, `mutable=`", peers={"qwix": "fails"})
 def mutable() -> Built:
     rngs = nnx.Rngs(0)
     model = Sequence(
@@ -245,4 +245,4 @@ def mutable() -> Built:
         nnx.Dropout(0.5, rngs=rngs),
         nnx.Linear(7, 11, rngs=rngs),
     )
-    return Built(model, nnx.state(model), (normal(1, 3, 5),), {"mutable": True})
+    return Built(model, nnx.state(model), (normal(1, 3, 5),), {"mutable": nnx.BatchStat})

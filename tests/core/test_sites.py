@@ -91,7 +91,7 @@ def test_uses_are_listed_once_in_order():
 
 def test_a_bias_is_no_linear_map():
     site = site_of(lambda w, x: x + w, array(5), X)
-    assert not site.linear and not site.table and site.dense == ()
+    assert not site.linear and not site.table and site.dense == ("add",)
 
 
 @pytest.mark.parametrize(
@@ -99,11 +99,11 @@ def test_a_bias_is_no_linear_map():
     [
         (lambda w, x: x @ jnp.sort(w), "sort"),
         (lambda w, x: x @ w + w.sum(), "reduce_sum"),
-        (lambda w, x: x @ (w * x.sum(0)[:, None] * jnp.ones((5, 7))), "mul"),
+        (lambda w, x: x @ (w * (x.T @ x)), "mul"),
     ],
 )
 def test_what_makes_a_weight_dense_is_listed(f, primitive):
-    assert site_of(f, array(5, 7), X).dense == (primitive,)
+    assert site_of(f, array(5, 5), X).dense == (primitive,)
 
 
 def test_integer_leaves_and_inputs_are_no_sites():
