@@ -1,0 +1,3 @@
+"""The `jaxpeft` command."""
+
+from jaxpeft.cli.main import main as main

@@ -1,0 +1,67 @@
+"""The commands, and what becomes of their errors."""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from jaxpeft.cli.demo import demo
+from jaxpeft.cli.options import with_file
+
+COMMANDS = {"demo": demo}
+_DESCRIPTION = (
+    "Fine-tune language models with small adapters, in JAX. "
+    "Start with `jaxpeft demo`: it downloads a small model and tunes it in about five minutes."
+)
+_PACKAGE = str(Path(__file__).parents[1])
+_INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    What a user can mend (a file that is not there, a value that is not allowed) becomes one
+    message. Anything else is a bug and keeps its traceback.
+
+    Args:
+        args: the command's name and its arguments; those of the process by default.
+
+    Returns:
+        The exit code: 0, 1 if a run failed, 2 for a user's mistake, 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: with the code 2, if the arguments cannot be parsed; with 0, after `--help`.
+    """
+    console = Console(stderr=True, highlight=False)
+    try:
+        return _run(sys.argv[1:] if args is None else list(args))
+    except KeyboardInterrupt as stop:
+        console.print(str(stop) or "Stopped.", style="yellow", markup=False)
+        return _INTERRUPTED
+    except FloatingPointError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        return 1
+    except (ValueError, OSError) as error:
+        if not _is_message(error):
+            raise
+        console.print(f"error: {error}", style="red", markup=False)
+        return 2
+
+
+def _run(args: list[str]) -> int:
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+    tyro.extras.subcommand_cli_from_dict(
+        COMMANDS, prog="jaxpeft", description=_DESCRIPTION, args=with_file(args), config=config
+    )
+    return 0
+
+
+def _is_message(error: Exception) -> bool:
+    """Whether an error was raised for the user to read: by a `raise` of this package, or by the
+    operating system. A ValueError from inside numpy or jax is a bug of ours."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = last.filename.startswith(_PACKAGE) and (last.line or "").startswith("raise")
+    return ours or isinstance(error, OSError | UnicodeDecodeError)

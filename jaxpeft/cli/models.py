@@ -1,0 +1,95 @@
+"""Models, tokenizers and adapters as the commands name them."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FETCHABLE = ("smollm2-135m-instruct",)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def locate(model: str, cache: Path | None = None) -> Path:
+    """Where a model is: a path, or the name of one that can be fetched.
+
+    Args:
+        model: a directory, a GGUF file, or one of `FETCHABLE`.
+        cache: where fetched models are kept; see `jaxpeft.assets.fetch`.
+
+    Returns:
+        An existing path.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+    """
+    if model in FETCHABLE and not Path(model).exists():
+        from jaxpeft.assets import fetch
+
+        return fetch(model, cache=cache)
+    path = Path(model).expanduser()
+    if not path.exists():
+        names = ", ".join(FETCHABLE)
+        raise FileNotFoundError(
+            f"there is no model at {model!r}. Give the directory of a Hugging Face model "
+            f"(config.json and model.safetensors), a .gguf file, or a name: {names}."
+        )
+    return path
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer that lies beside a model.
+
+    Raises:
+        FileNotFoundError: a directory has none.
+    """
+    from jaxpeft import models
+
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    if (path / "config.json").is_file() and not any((path / file).is_file() for file in files):
+        raise FileNotFoundError(
+            f"{path} has no tokenizer: none of {', '.join(files)}. Copy them there from the model's "
+            "repository, or save them with `tokenizer.save_pretrained(directory)`."
+        )
+    return models.load_tokenizer(path)
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, or of all files in a directory."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def count(tree: Any) -> int:
+    """Number of parameters in a tree of arrays."""
+    import jax
+
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def megabytes(size: float) -> str:
+    """A size in bytes for people.
+
+    Example:
+        >>> megabytes(98_362_432), megabytes(4_200), megabytes(7.5e9)
+        ('98.4 MB', '4.2 kB', '7.5 GB')
+    """
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size:.0f} B"
+
+
+def command(*words: object) -> str:
+    """A command line that a shell takes as it is.
+
+    Example:
+        >>> command("jaxpeft", "generate", "--prompt", "a fine film")
+        "jaxpeft generate --prompt 'a fine film'"
+    """
+    return shlex.join(str(word) for word in words)
+
+
+def chat(question: str, system: str | None) -> Sequence[dict[str, str]]:
+    """The messages that ask one question."""
+    roles = [{"role": "user", "content": question}]
+    return [{"role": "system", "content": system}, *roles] if system else roles
