@@ -17,7 +17,16 @@ from jax.extend import core as jex
 from jaxpeft.core.structured import Structured, restack, unstack
 
 Values = list[Any]
-Evaluate = Callable[[Any, Sequence[Any], Sequence[Any]], Values]
+
+
+class Inner(NamedTuple):
+    """How to evaluate a program inside: `run(jaxpr, consts, args, taps)`, and the methods there."""
+
+    run: Callable[[Any, Sequence[Any], Sequence[Any], Any], Values]
+    taps: dict[str, Any]
+
+    def __call__(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> Values:
+        return self.run(jaxpr, consts, args, self.taps)
 
 
 class Scan(NamedTuple):
@@ -68,36 +77,36 @@ def invariant(body: Any, first: int, count: int) -> list[bool]:
     return [body.outvars[i] is body.invars[first + i] for i in range(count)]
 
 
-def inline(eqn: Any, values: Values, evaluate: Evaluate) -> Values | None:
+def inline(eqn: Any, values: Values, inner: Inner) -> Values | None:
     program = read_call(eqn.params)
-    return None if program is None else evaluate(*open_jaxpr(program), values)
+    return None if program is None else inner(*open_jaxpr(program), values)
 
 
-def checkpoint(eqn: Any, values: Values, evaluate: Evaluate) -> Values | None:
+def checkpoint(eqn: Any, values: Values, inner: Inner) -> Values | None:
     if not {"jaxpr", "prevent_cse", "policy"} <= set(eqn.params):
         return None
     jaxpr, consts = open_jaxpr(eqn.params["jaxpr"])
     again = jax.checkpoint(
-        lambda args: evaluate(jaxpr, consts, args),
+        lambda args: inner(jaxpr, consts, args),
         prevent_cse=eqn.params["prevent_cse"],
         policy=eqn.params["policy"],
     )
     return again(values)
 
 
-def cond(eqn: Any, values: Values, evaluate: Evaluate) -> Values | None:
+def cond(eqn: Any, values: Values, inner: Inner) -> Values | None:
     if "branches" not in eqn.params or isinstance(values[0], Structured):
         return None
     index, *operands = values
 
     def branch(closed: Any) -> Callable[[Values], Values]:
         jaxpr, consts = open_jaxpr(closed)
-        return lambda args: _dense(evaluate(jaxpr, consts, args))
+        return lambda args: _dense(inner(jaxpr, consts, args))
 
     return lax.switch(index, [branch(closed) for closed in eqn.params["branches"]], operands)
 
 
-def scan(eqn: Any, values: Values, evaluate: Evaluate) -> Values | None:
+def scan(eqn: Any, values: Values, inner: Inner) -> Values | None:
     spec = read_scan(eqn.params)
     if spec is None:
         return None
@@ -108,23 +117,24 @@ def scan(eqn: Any, values: Values, evaluate: Evaluate) -> Values | None:
     if fixed is None or any(stack is None for stack in stacks):
         return None
     layers, rebuild = _transposed(stacks)
-    outputs: list[Any] = []
+    stacked = {name: tap for name, tap in inner.taps.items() if tap.stack}
 
-    def body(carry: Values, slices: Values) -> tuple[Values, Values]:
+    def body(carry: Values, xs: tuple[Values, Any]) -> tuple[Values, Values]:
+        slices, taps = xs
+        here = inner.taps | {name: tap.layer() for name, tap in taps.items()}
         weights = [build(part) for build, part in zip(rebuild, slices, strict=True)]
         args = [*consts, *_fill(fixed, carry), *weights]
-        outs = evaluate(jaxpr, jaxpr_consts, args)
+        outs = inner.run(jaxpr, jaxpr_consts, args, here)
         carry_out, ys = outs[: spec.carry], outs[spec.carry :]
-        outputs[:] = [y if _stacks(y) else None for y in ys]
         ys = [y if _stacks(y) else _dense([y])[0] for y in ys]
         return [c for c, f in zip(carry_out, fixed, strict=True) if f is None], ys
 
     start = [c for c, f in zip(init, fixed, strict=True) if f is None]
-    end, ys = lax.scan(body, start, layers, spec.length, spec.reverse, spec.unroll)
+    end, ys = lax.scan(body, start, (layers, stacked), spec.length, spec.reverse, spec.unroll)
     return [*_fill(fixed, end), *(restack(y) for y in ys)]
 
 
-def while_loop(eqn: Any, values: Values, evaluate: Evaluate) -> Values | None:
+def while_loop(eqn: Any, values: Values, inner: Inner) -> Values | None:
     spec = read_while(eqn.params)
     if spec is None:
         return None
@@ -136,11 +146,11 @@ def while_loop(eqn: Any, values: Values, evaluate: Evaluate) -> Values | None:
         return None
 
     def step(carry: Values) -> Values:
-        outs = evaluate(body, body_closed, [*body_consts, *_fill(fixed, carry)])
+        outs = inner(body, body_closed, [*body_consts, *_fill(fixed, carry)])
         return [c for c, f in zip(outs, fixed, strict=True) if f is None]
 
     def go_on(carry: Values) -> Any:
-        return evaluate(test, test_closed, [*test_consts, *_fill(fixed, carry)])[0]
+        return inner(test, test_closed, [*test_consts, *_fill(fixed, carry)])[0]
 
     end = lax.while_loop(go_on, step, [c for c, f in zip(init, fixed, strict=True) if f is None])
     return _fill(fixed, end)
@@ -176,7 +186,7 @@ def _dense(values: Values) -> Values:
     return [v.materialize() if isinstance(v, Structured) else v for v in values]
 
 
-RULES: dict[str, Callable[[Any, Values, Evaluate], Values | None]] = {
+RULES: dict[str, Callable[[Any, Values, Inner], Values | None]] = {
     "jit": inline,
     "pjit": inline,
     "closed_call": inline,

@@ -23,6 +23,7 @@ from jax.extend import source_info_util
 from jaxpeft.core import contract, control, views
 from jaxpeft.core.labels import View
 from jaxpeft.core.structured import Contraction, Structured, apply_view
+from jaxpeft.core.tap import Tap, inside
 
 Values = list[Any]
 
@@ -117,15 +118,23 @@ def frame(tree: Any) -> tuple[Values, Frame]:
     return [leaf for leaf in leaves if isinstance(leaf, kinds)], Frame(structure, static)
 
 
-def call(f: Callable[..., Any], params: Any, args: Any, kwargs: Any, report: Report) -> Any:
+def call(
+    f: Callable[..., Any],
+    params: Any,
+    args: Any,
+    kwargs: Any,
+    report: Report,
+    taps: dict[str, Tap] | None = None,
+) -> Any:
     """`f(params, *args, **kwargs)` where some leaves of `params` are structured weights.
 
-    Outside of any trace the evaluation is compiled, and the program is kept for the next call.
+    `taps` are methods by the name of the call boundary that they work at. Outside of any trace the
+    evaluation is compiled, and the program is kept for the next call.
     """
     weights, outer = frame(params)
     inputs, inner = frame((args, kwargs))
-    run_it = _compiled if _is_eager((weights, inputs), (f, outer, inner, report)) else _interpreted
-    return run_it(f, outer, inner, report, weights, inputs)
+    static, arrays = (f, outer, inner, report), (weights, inputs, taps or {})
+    return (_compiled if _is_eager(arrays, static) else _interpreted)(*static, *arrays)
 
 
 def _is_eager(arrays: Any, static: Any) -> bool:
@@ -143,11 +152,22 @@ def _interpreted(
     report: Report,
     weights: Values,
     inputs: Values,
+    taps: dict[str, Tap],
 ) -> Any:
     jaxpr, consts, out_tree = trace(f, outer, inner, weights, inputs)
-    outs = evaluate(jaxpr, consts, [*weights, *inputs], report)
+    reached: set[str] = set()
+    outs = evaluate(jaxpr, consts, [*weights, *inputs], Scope(report, taps, reached))
+    _check_reached(set(taps) - reached)
     dense = [v.materialize() if isinstance(v, Structured) else v for v in outs]
     return jax.tree.unflatten(out_tree, dense)
+
+
+def _check_reached(missing: set[str]) -> None:
+    if missing:
+        raise ValueError(
+            f"the adapter works at {sorted(missing)[0]!r}, which this call of the model never "
+            "reaches. Call the model the way `init` did, or drop the rule that matches it."
+        )
 
 
 _compiled = jax.jit(_interpreted, static_argnums=(0, 1, 2, 3))
@@ -176,12 +196,33 @@ def _placeholder(weight: Any) -> Any:
 
 @dataclasses.dataclass
 class Scope:
-    """What is known while one program is evaluated: values, broadcasts, shared results."""
+    """What is known while one program is evaluated.
+
+    Attributes:
+        report: told of each weight that becomes dense.
+        taps: methods at work at call boundaries, by name; of a stack inside a scan, one layer's.
+        reached: collects the names of the boundaries that were met.
+        env: the program's values so far.
+        broadcasts: the equations that broadcast a value, by result.
+        memo: results that several weights share.
+    """
 
     report: Report
-    env: dict[Any, Any]
+    taps: dict[str, Tap] = dataclasses.field(default_factory=dict)
+    reached: set[str] = dataclasses.field(default_factory=set)
+    env: dict[Any, Any] = dataclasses.field(default_factory=dict)
     broadcasts: dict[Any, Any] = dataclasses.field(default_factory=dict)
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def inner(self, eqn: Any) -> control.Inner:
+        """How the programs that an equation holds are evaluated, and the methods at work there."""
+        held = {boundary.name for boundary in inside(eqn)} if self.taps else set()
+
+        def run_inside(jaxpr: Any, consts: Any, args: Any, taps: dict[str, Tap]) -> Values:
+            return evaluate(jaxpr, consts, args, Scope(self.report, taps, self.reached))
+
+        taps = {name: tap for name, tap in self.taps.items() if name in held}
+        return control.Inner(run_inside, taps)
 
     def read(self, atom: Any) -> Any:
         return atom.val if isinstance(atom, jex.Literal) else self.env[atom]
@@ -204,13 +245,13 @@ class Scope:
         return source, tuple(eqn.params["broadcast_dimensions"])
 
 
-def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], report: Report) -> Values:
+def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], scope: Scope) -> Values:
     """The outputs of `jaxpr`, where some of `args` are structured weights."""
-    scope = Scope(report, dict(zip(jaxpr.constvars, consts, strict=True)))
+    scope.env.update(zip(jaxpr.constvars, consts, strict=True))
     scope.env.update(zip(jaxpr.invars, args, strict=True))
     for eqn in jaxpr.eqns:
         values = [scope.read(atom) for atom in eqn.invars]
-        touched = any(isinstance(value, Structured) for value in values)
+        touched = any(isinstance(value, Structured) for value in values) or _tapped(eqn, scope)
         outs = _touched(eqn, values, scope) if touched else run(eqn, values)
         if eqn.primitive.name == "broadcast_in_dim" and len(eqn.invars) == 1:
             scope.broadcasts[eqn.outvars[0]] = eqn
@@ -237,17 +278,45 @@ def run(eqn: Any, values: Sequence[Any]) -> Values:
 def _touched(eqn: Any, values: Values, scope: Scope) -> Values:
     """One equation that at least one structured weight reaches."""
     name = eqn.primitive.name
+    if name == "tap":
+        return [_at_tap(eqn, values[0], scope)]
     if name in control.RULES:
-        outs = control.RULES[name](
-            eqn, values, lambda jaxpr, consts, args: evaluate(jaxpr, consts, args, scope.report)
-        )
+        outs = control.RULES[name](eqn, values, scope.inner(eqn))
     elif name in _LEAFWISE:
         outs = _LEAFWISE[name](values)
     else:
         outs = _at_weight(eqn, values, scope)
     if outs is None:
+        _check_open(eqn, scope)
         return run(eqn, [_dense(eqn, value, scope) for value in values])
     return outs
+
+
+def _tapped(eqn: Any, scope: Scope) -> bool:
+    """Whether a method works at this equation or in a program that it holds."""
+    if not scope.taps:
+        return False
+    if eqn.primitive.name == "tap":
+        return eqn.params["name"] in scope.taps
+    return any(boundary.name in scope.taps for boundary in inside(eqn))
+
+
+def _at_tap(eqn: Any, value: Any, scope: Scope) -> Any:
+    name = eqn.params["name"]
+    if name not in scope.taps:
+        return value
+    scope.reached.add(name)
+    return scope.taps[name](_dense(eqn, value, scope))
+
+
+def _check_open(eqn: Any, scope: Scope) -> None:
+    """A method cannot work inside a program that is run as it is."""
+    closed = [boundary.name for boundary in inside(eqn) if boundary.name in scope.taps]
+    if closed:
+        raise ValueError(
+            f"the adapter works at {closed[0]!r}, which is inside `{eqn.primitive.name}`, where "
+            "nothing can be changed. Choose a boundary around it."
+        )
 
 
 def _dense(eqn: Any, value: Any, scope: Scope) -> Any:

@@ -17,6 +17,7 @@ from jaxpeft.core import control, views
 from jaxpeft.core.labels import Drop, Layout, Split, View
 from jaxpeft.core.lift import frame, trace
 from jaxpeft.core.structured import Structured
+from jaxpeft.core.tap import boundaries
 from jaxpeft.core.tree import leaves_with_paths
 
 ROLES = ("stack", "batch", "in", "out")
@@ -56,6 +57,11 @@ class Site:
 
     def sizes(self, *roles: str) -> tuple[int, ...]:
         return tuple(self.shape[axis] for axis in self.axes(*roles))
+
+    @property
+    def boundary(self) -> bool:
+        """Whether it is a module's input or output, not a parameter: a path such as "attn:out"."""
+        return self.uses == ("call",)
 
     @property
     def linear(self) -> bool:
@@ -152,7 +158,8 @@ def discover(
         kwargs: its keyword arguments.
 
     Returns:
-        One `Site` a floating-point leaf of `params`.
+        One `Site` a floating-point leaf of `params`, then one a call boundary that is tapped, of
+        shape `(layers..., features)`.
 
     Example:
         >>> import jax
@@ -171,7 +178,19 @@ def discover(
     ]
     tracks = [_Track.of(record) if record else None for _, _, record in weights]
     _walk(jaxpr, [*tracks, *[None] * (len(jaxpr.invars) - len(tracks))])
-    return tuple(record.site(path, leaf.dtype) for path, leaf, record in weights if record)
+    sites = [record.site(path, leaf.dtype) for path, leaf, record in weights if record]
+    return (*sites, *_boundaries(jaxpr))
+
+
+def _boundaries(jaxpr: Any) -> list[Site]:
+    """The first tap of each name, as a site."""
+    found: dict[str, Site] = {}
+    for tap in boundaries(jaxpr):
+        roles = ("stack",) * len(tap.stack) + ("in",) * len(tap.shape[-1:])
+        shape = (*tap.stack, *tap.shape[-1:])
+        site = Site(tap.name, shape, jnp.dtype(tap.dtype).name, roles, ("call",))
+        found.setdefault(tap.name, site)
+    return list(found.values())
 
 
 def is_weight(leaf: Any) -> bool:

@@ -14,6 +14,7 @@ from jaxpeft.core import lift as lifting
 from jaxpeft.core.rules import Chain, Rules, compile_pattern, nearest, unmatched
 from jaxpeft.core.sites import Site, discover, listing
 from jaxpeft.core.structured import Structured, Sum, dense
+from jaxpeft.core.tap import Tap
 from jaxpeft.core.tree import leaves_with_paths
 
 Array = jax.Array
@@ -21,7 +22,9 @@ Leaves = dict[str, Any]
 
 
 class Method(NamedTuple):
-    """A way to tune one parameter: a small immutable value that holds pure functions.
+    """A way to tune one site: a small immutable value that holds pure functions.
+
+    A method works on a parameter (`weight`) or on activations at a call boundary (`call`).
 
     Attributes:
         name: such as "lora".
@@ -29,6 +32,8 @@ class Method(NamedTuple):
             `ShapeDtypeStruct` for methods that do not look at its values.
         weight: `(site, leaves, weight, key) -> array or Structured`, the tuned weight. `key` is a
             typed PRNG key for dropout, or None.
+        call: `(site, leaves, x, key) -> x`, the tuned activations `(..., features)`. Inside a scan
+            the leaves are those of one layer.
         fits: `(site) -> bool`, where the method can work.
         bare: `(site) -> bool`, where it goes when given to `transform` without rules.
         options: the factory's arguments, for files and reports.
@@ -37,11 +42,12 @@ class Method(NamedTuple):
 
     name: str
     init: Callable[[Array, Site, Any], Leaves]
-    weight: Callable[[Site, Leaves, Any, Array | None], Any]
+    weight: Callable[[Site, Leaves, Any, Array | None], Any] | None
     fits: Callable[[Site], bool]
     bare: Callable[[Site], bool]
     options: Mapping[str, Any] = {}
     fixed: tuple[str, ...] = ()
+    call: Callable[[Site, Leaves, Any, Array | None], Any] | None = None
 
 
 class Sites(tuple[Site, ...]):
@@ -65,7 +71,7 @@ class Adapter(Mapping[str, Leaves]):
     """
 
     def __init__(self, leaves: Mapping[str, Leaves], sites: Sequence[Site]):
-        self._leaves = dict(leaves)
+        self._leaves = dict(sorted(leaves.items()))
         self.sites = sites if isinstance(sites, Sites) else Sites(sites)
 
     def __getitem__(self, path: str) -> Leaves:
@@ -127,7 +133,7 @@ class Tuned:
         weights = dict(leaves_with_paths(params)[0])
         by_path = {site.path: site for site in sites}
         leaves = {
-            path: method.init(site_key(key, path), by_path[path], weights[path])
+            path: method.init(site_key(key, path), by_path[path], weights.get(path))
             for path, method in chosen.items()
         }
         return Adapter(leaves, [by_path[path] for path in chosen])
@@ -150,9 +156,11 @@ class Tuned:
         Raises:
             ValueError: if the adapter does not belong to these params.
         """
-        leaves, tree = self._weights(adapter, params, dropout_key)
+        chosen = self._methods(adapter)
+        weights = self._weights(chosen, adapter, params, dropout_key)
+        taps = self._taps(chosen, adapter, dropout_key)
         report = lifting.refuse if self.strict else lifting.warn
-        return lifting.call(self.fn, tree.unflatten(leaves), inputs, kwargs, report)
+        return lifting.call(self.fn, weights, inputs, kwargs, report, taps)
 
     def merge(self, adapter: Adapter, params: Any) -> Any:
         """Plain params for the plain model, with the adapter baked in.
@@ -166,13 +174,23 @@ class Tuned:
 
         Returns:
             A tree like `params`, of arrays.
+
+        Raises:
+            ValueError: if a method works on activations, or the adapter belongs to other params.
         """
-        leaves, tree = self._weights(adapter, params, None)
-        return tree.unflatten([dense(leaf) for leaf in leaves])
+        chosen = self._methods(adapter)
+        for path, method in chosen.items():
+            if method.call:
+                raise ValueError(
+                    f"`{method.name}` at {path!r} is not a weight change and cannot be merged. "
+                    "Serve it with `apply`, or drop it from the rules before `merge`."
+                )
+        weights = self._weights(chosen, adapter, params, None)
+        return jax.tree.map(dense, weights, is_leaf=lambda x: isinstance(x, Structured))
 
     def trainable(self, adapter: Adapter) -> Adapter:
         """A mask over the adapter, False at parts that stay fixed; for `optax.masked`."""
-        chosen = resolve(self.tuning, adapter.sites, self.head, whole=False)
+        chosen = self._methods(adapter)
         marks = {path: _marks(leaves, chosen[path]) for path, leaves in adapter.items()}
         return Adapter(marks, adapter.sites)
 
@@ -180,21 +198,54 @@ class Tuned:
         """Every parameter and how the model uses it. Print it to see the paths that rules match."""
         return Sites(discover(self.fn, params, inputs, kwargs))
 
-    def _weights(self, adapter: Adapter, params: Any, key: Any) -> tuple[list[Any], Any]:
-        """The leaves of `params` with tuned weights in their places, and their tree."""
+    def _methods(self, adapter: Any) -> dict[str, Method]:
+        """The method at each of the adapter's sites."""
+        if not isinstance(adapter, Adapter):
+            raise TypeError(
+                f"expected an adapter of `tuned.init` or `load_adapter`, got "
+                f"{type(adapter).__name__}. The call is tuned.apply(adapter, params, *inputs)."
+            )
+        chosen = resolve(self.tuning, adapter.sites, self.head, whole=False)
+        foreign = [path for path in adapter if path not in chosen]
+        if foreign:
+            raise ValueError(
+                f"the adapter has {foreign[0]!r}, which this tuning leaves alone. Was the tuning "
+                "changed between `init` and `apply`?"
+            )
+        return chosen
+
+    def _weights(self, chosen: dict[str, Method], adapter: Adapter, params: Any, key: Any) -> Any:
+        """`params` with tuned weights in their places."""
         pairs, tree = leaves_with_paths(params, is_leaf=lambda x: isinstance(x, Structured))
-        chosen = resolve(self.tuning, getattr(adapter, "sites", ()), self.head, whole=False)
-        _check(adapter, dict(pairs), chosen)
-        sites = {site.path: site for site in adapter.sites}
-        key = None if key is None else typed_key(key)
+        sites = {site.path: site for site in adapter.sites if not chosen[site.path].call}
+        _check(sites, dict(pairs))
 
         def tuned(path: str, leaf: Any) -> Any:
-            if path not in adapter:
+            if path not in sites:
                 return leaf
-            at_site = None if key is None else site_key(key, path)
-            return named(chosen[path].weight(sites[path], adapter[path], leaf, at_site), path)
+            at_site = None if key is None else site_key(typed_key(key), path)
+            return named(tune_weight(chosen[path], sites[path], adapter[path], leaf, at_site), path)
 
-        return [tuned(path, leaf) for path, leaf in pairs], tree
+        return tree.unflatten([tuned(path, leaf) for path, leaf in pairs])
+
+    def _taps(self, chosen: dict[str, Method], adapter: Adapter, key: Any) -> dict[str, Tap]:
+        """The methods at call boundaries, by name, with their arrays."""
+        taps = {}
+        for site in adapter.sites:
+            if call := chosen[site.path].call:
+                stack, keys = site.sizes("stack"), None
+                if key is not None:
+                    keys = site_key(typed_key(key), site.path)
+                    keys = jax.random.split(keys, stack) if stack else keys
+                taps[site.path] = Tap(adapter[site.path], keys, site, call, len(stack))
+        return taps
+
+
+def tune_weight(method: Method, site: Site, leaves: Leaves, weight: Any, key: Any = None) -> Any:
+    """The tuned weight of one site; an error for a method that works on activations."""
+    if method.weight is None:
+        raise ValueError(f"`{method.name}` works on activations, not on the weight {site.path!r}.")
+    return method.weight(site, leaves, weight, key)
 
 
 def named(weight: Any, path: str) -> Any:
@@ -285,6 +336,7 @@ def _chained(found: Sequence[dict[str, Method]], sites: Sequence[Site]) -> dict[
 def compose(methods: Sequence[Method | None]) -> Method:
     """Methods one after the other at one site; the leaves of each stand under its number."""
     stages = {str(i): method for i, method in enumerate(methods) if method is not None}
+    boundary = any(method.call for method in stages.values())
 
     def init(key: Array, site: Site, weight: Any) -> Leaves:
         return {
@@ -292,21 +344,31 @@ def compose(methods: Sequence[Method | None]) -> Method:
             for name, method in stages.items()
         }
 
-    def tuned(site: Site, leaves: Leaves, weight: Any, key: Array | None) -> Any:
+    def tuned(site: Site, leaves: Leaves, value: Any, key: Array | None) -> Any:
         for name, method in stages.items():
             stage_key = None if key is None else jax.random.fold_in(key, int(name))
-            weight = method.weight(site, leaves[name], weight, stage_key)
-        return weight
+            work: Any = method.call if boundary else method.weight
+            value = work(site, leaves[name], value, stage_key)
+        return value
 
     return Method(
         name="+".join(method.name for method in stages.values()),
         init=init,
-        weight=tuned,
+        weight=None if boundary else tuned,
         fits=lambda site: all(method.fits(site) for method in stages.values()),
         bare=lambda site: True,
         options={name: method.options for name, method in stages.items()},
         fixed=tuple(f"{n}/{leaf}" for n, method in stages.items() for leaf in method.fixed),
+        call=tuned if boundary else None,
     )
+
+
+def at_boundaries(tuning: Any) -> bool:
+    """Whether any method of a tuning works on activations, so that the model must be tapped."""
+    if isinstance(tuning, Method):
+        return tuning.call is not None
+    parts = tuning.tunings if isinstance(tuning, Chain) else getattr(tuning, "pairs", ())
+    return any(at_boundaries(part[1] if isinstance(tuning, Rules) else part) for part in parts)
 
 
 def _marks(leaves: Any, method: Method, prefix: str = "") -> Any:
@@ -315,32 +377,21 @@ def _marks(leaves: Any, method: Method, prefix: str = "") -> Any:
     return prefix.lstrip("/") not in method.fixed
 
 
-def _check(adapter: Any, weights: dict[str, Any], chosen: dict[str, Method]) -> None:
-    if not isinstance(adapter, Adapter):
-        raise TypeError(
-            f"expected an adapter of `tuned.init` or `load_adapter`, got {type(adapter).__name__}. "
-            "The call is tuned.apply(adapter, params, *inputs)."
-        )
-    missing = [site.path for site in adapter.sites if site.path not in weights]
+def _check(sites: Mapping[str, Site], weights: Mapping[str, Any]) -> None:
+    missing = [path for path in sites if path not in weights]
     if missing:
         near = nearest(missing[0], list(weights))
         raise ValueError(
-            f"adapter was made for {len(adapter)} sites, but {len(missing)} are not in params; "
+            f"adapter was made for {len(sites)} sites, but {len(missing)} are not in params; "
             f"missing: {', '.join(map(repr, missing[:3]))}. "
             f"Nearest: {', '.join(map(repr, near))}. "
             "Pass the params of the model that the adapter was made for."
         )
-    foreign = [path for path in adapter if path not in chosen]
-    if foreign:
-        raise ValueError(
-            f"the adapter has {foreign[0]!r}, which this tuning leaves alone. Was the tuning "
-            "changed between `init` and `apply`?"
-        )
-    for site in adapter.sites:
-        shape = tuple(weights[site.path].shape)
+    for path, site in sites.items():
+        shape = tuple(weights[path].shape)
         if shape != site.shape:
             raise ValueError(
-                f"adapter was made for {site.path!r} of shape {site.shape}, params have {shape}. "
+                f"adapter was made for {path!r} of shape {site.shape}, params have {shape}. "
                 "Pass the params of the model that the adapter was made for."
             )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import linen, nnx
 
-from jaxpeft.core.transform import Tuned
+from jaxpeft.core.transform import Tuned, at_boundaries
 from jaxpeft.core.transform import transform as transform_function
 from jaxpeft.flax.linen import linen_function
 from jaxpeft.flax.nnx import nnx_function
@@ -39,16 +39,16 @@ def transform(model: Any, tuning: Any, *, strict: bool = False) -> Tuned:
         >>> bool((tuned.apply(adapter, params, x) == model.apply(params, x)).all())
         True
     """
-    fn = as_function(model)
+    fn = as_function(model, tapped=at_boundaries(tuning))
     return transform_function(fn, tuning, strict=strict, head=getattr(model, "output_head", None))
 
 
-def as_function(model: Any) -> Callable[..., Any]:
-    """A model as a pure function of `(params, *inputs, **kwargs)`."""
+def as_function(model: Any, *, tapped: bool = False) -> Callable[..., Any]:
+    """A model as a pure function of `(params, *inputs, **kwargs)`, its modules tapped if asked."""
     if isinstance(model, linen.Module):
-        return linen_function(model)
+        return linen_function(model, tapped=tapped)
     if isinstance(model, nnx.Module):
-        return nnx_function(model)
+        return nnx_function(model, tapped=tapped)
     if callable(model):
         return model
     raise TypeError(

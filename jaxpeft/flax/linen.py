@@ -7,11 +7,28 @@ from typing import Any
 
 from flax import linen
 
+from jaxpeft.flax.mark import mark
 
-def linen_function(module: linen.Module) -> Callable[..., Any]:
-    """`module.apply` as a function of `(variables, *inputs, **kwargs)`."""
+
+def linen_function(module: linen.Module, *, tapped: bool = False) -> Callable[..., Any]:
+    """`module.apply` as a function of `(variables, *inputs, **kwargs)`.
+
+    With `tapped`, the input and the output of every submodule's call are marked by its path,
+    "layers/attn:in" and "layers/attn:out"; the module's own are ":in" and ":out".
+    """
 
     def call(variables: Any, *inputs: Any, **kwargs: Any) -> Any:
         return module.apply(variables, *inputs, **kwargs)
 
-    return call
+    def call_marked(variables: Any, *inputs: Any, **kwargs: Any) -> Any:
+        with linen.intercept_methods(_marked_call):
+            return module.apply(variables, *inputs, **kwargs)
+
+    return call_marked if tapped else call
+
+
+def _marked_call(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    if context.method_name != "__call__":
+        return run(*args, **kwargs)
+    path = "/".join(context.module.path)
+    return mark(run(*mark(args, f"{path}:in"), **kwargs), f"{path}:out")

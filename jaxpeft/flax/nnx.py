@@ -1,18 +1,25 @@
-"""The door for Flax nnx."""
+"""The doors for Flax nnx: pure functions of the state, and a module to train in place."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
 
+from jaxpeft.core.transform import Adapter, Tuned, at_boundaries
+from jaxpeft.core.transform import transform as transform_function
+from jaxpeft.flax.mark import mark
 
-def nnx_function(module: nnx.Module) -> Callable[..., Any]:
+
+def nnx_function(module: nnx.Module, *, tapped: bool = False) -> Callable[..., Any]:
     """A module's call as a function of `(state, *inputs, **kwargs)`; its own arrays are not kept.
 
     `method` names another method, or is a function of the module; `mutable` (True or an nnx
-    filter) asks for `(outputs, state)` with the state as the call left it.
+    filter) asks for `(outputs, state)` with the state as the call left it. With `tapped`, the
+    input and the output of every submodule's call are marked by its path.
     """
     graphdef = nnx.graphdef(module)
 
@@ -21,10 +28,100 @@ def nnx_function(module: nnx.Module) -> Callable[..., Any]:
     ) -> Any:
         # A copy, or a call that counts (dropout keys, batch statistics) would write into `state`.
         live = nnx.merge(graphdef, state, copy=True)
-        run = getattr(live, method) if isinstance(method, str) else method or type(live).__call__
-        out = run(*inputs, **kwargs) if isinstance(method, str) else run(live, *inputs, **kwargs)
+        if tapped:
+            _mark_modules(live)
+        run = getattr(live, method) if isinstance(method, str) else functools.partial(
+            method or type(live).__call__, live
+        )  # fmt: skip
+        out = run(*inputs, **kwargs)
         if mutable is False:
             return out
         return out, nnx.state(live, ... if mutable is True else mutable)
 
     return call
+
+
+def _mark_modules(live: nnx.Module) -> None:
+    """Gives every module of a functional copy a class whose call is marked with its path."""
+    for path, module in list(nnx.iter_modules(live)):
+        if callable(module):
+            module.__class__ = _marked(type(module), "/".join(map(str, path)))
+
+
+@functools.cache
+def _marked(cls: type, path: str) -> type:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return mark(cls.__call__(self, *mark(args, f"{path}:in"), **kwargs), f"{path}:out")
+
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+
+
+class AdapterParam(nnx.Param):
+    """A leaf of an adapter: `nnx.Optimizer(model, tx, wrt=AdapterParam)` trains these alone."""
+
+
+class Attached(nnx.Module):
+    """A module with an adapter, called like the module itself. Made by `attach`."""
+
+    def __init__(self, base: nnx.Module, tuned: Tuned, adapter: Adapter):
+        self.base = base
+        self.tuned = tuned
+        self.structure = jax.tree.structure(adapter)
+        self.leaves = nnx.data(jax.tree.map(AdapterParam, dict(adapter)))
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter as it is now, for `save`, `merge` and the pure functions."""
+        leaves = jax.tree.leaves(self.leaves, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+        return jax.tree.unflatten(self.structure, [leaf[...] for leaf in leaves])
+
+    def __call__(self, *inputs: Any, dropout_key: Any = None, **kwargs: Any) -> Any:
+        state = nnx.state(self.base)
+        out, state = self.tuned.apply(
+            self.adapter, state, *inputs, dropout_key=dropout_key, mutable=_MUTABLE, **kwargs
+        )
+        nnx.update(self.base, state)
+        return out
+
+
+_MUTABLE = nnx.Not(nnx.Param)
+
+
+def attach(
+    model: nnx.Module,
+    tuning: Any,
+    *inputs: Any,
+    key: jax.Array,
+    strict: bool = False,
+    **kwargs: Any,
+) -> Attached:
+    """An adapter on an nnx module that is trained in place: the stateful door.
+
+    The same results as the pure functions: a call is `tuned.apply`, and what the base changes in
+    its own state (batch statistics, RNG counters) stays in the base.
+
+    Args:
+        model: the base module; it is kept, not copied, and its `nnx.Param`s are never changed.
+        tuning: a method, `rules(...)` or `chain(...)`.
+        *inputs: example inputs of the call.
+        key: PRNG key of the fresh adapter.
+        strict: raise where a tuned weight would become dense.
+        **kwargs: keyword arguments of the example call.
+
+    Returns:
+        An nnx module whose new leaves are `AdapterParam` variables.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, jaxpeft as jp
+        >>> x = jnp.ones((2, 4))
+        >>> model = jp.nnx.attach(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jp.lora(2), x,
+        ...                       key=jax.random.key(0))
+        >>> optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=jp.nnx.AdapterParam)
+        >>> wrt = nnx.DiffState(0, jp.nnx.AdapterParam)
+        >>> grads = nnx.grad(lambda model: (model(x) ** 2).sum(), argnums=wrt)(model)
+        >>> _ = optimizer.update(model, grads)
+    """
+    fn = nnx_function(model, tapped=at_boundaries(tuning))
+    tuned = transform_function(fn, tuning, strict=strict, head=getattr(model, "output_head", None))
+    adapter = tuned.init(key, nnx.state(model), *inputs, **kwargs)
+    return Attached(model, tuned, adapter)

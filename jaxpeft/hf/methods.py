@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxpeft.core.sites import Site
 from jaxpeft.core.structured import dense
-from jaxpeft.core.transform import Leaves, Method
+from jaxpeft.core.transform import Leaves, Method, tune_weight
 from jaxpeft.methods.full import full
 from jaxpeft.methods.lora import lora
 from jaxpeft.methods.lora import rslora as stabilized
@@ -66,7 +66,7 @@ def lora_by_layer(
 
     def tuned(site: Site, leaves: Leaves, weight: Any, key: jax.Array | None) -> Any:
         b = leaves["b"] * _spread(jnp.array(ratios, leaves["b"].dtype), leaves["b"])
-        return method.weight(site, {"a": leaves["a"], "b": b}, weight, key)
+        return tune_weight(method, site, {"a": leaves["a"], "b": b}, weight, key)
 
     return method._replace(init=start, weight=tuned, options=options)
 
@@ -102,7 +102,7 @@ def full_by_layer(layers: Sequence[int], count: int) -> Method:
         return method
 
     def tuned(site: Site, leaves: Leaves, weight: Any, key: jax.Array | None) -> jax.Array:
-        value = method.weight(site, leaves, weight, key)
+        value = tune_weight(method, site, leaves, weight, key)
         mask = jnp.zeros(count, bool).at[jnp.array(layers)].set(True)
         return jnp.where(_along(site, mask), value, dense(weight))
 

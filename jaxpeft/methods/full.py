@@ -46,4 +46,7 @@ def full(*, dtype: Any = jnp.float32) -> Method:
         del site, key
         return leaves["value"].astype(weight.dtype)
 
-    return Method("full", start, tuned, lambda site: True, lambda site: True)
+    def fits(site: Site) -> bool:
+        return not site.boundary
+
+    return Method("full", start, tuned, fits, fits)

@@ -1,7 +1,12 @@
-"""Tokenizers of Hugging Face directories and GGUF files, without torch."""
+"""Tokenizers of Hugging Face directories and GGUF files, without torch.
+
+transformers takes seconds to import, so it is imported where a tokenizer is made.
+"""
+
+from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import (
     AddedToken,
@@ -13,9 +18,11 @@ from tokenizers import (
     processors,
 )
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from jaxpeft.models.gguf import find_gguf, open_reader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # How text is cut before the merges apply, by llama.cpp's name in `tokenizer.ggml.pre`.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -54,6 +61,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         >>> load_tokenizer("SmolLM2.gguf")("The answer is 42").input_ids  # doctest: +SKIP
         [504, 2988, 314, 216, 36, 34]
     """
+    from transformers import AutoTokenizer
+
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist. Give a model directory or a .gguf file.")
@@ -76,6 +85,8 @@ def gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     Raises:
         ValueError: the tokenizer is no byte-level BPE, or its pre-tokenizer is unknown.
     """
+    from transformers import PreTrainedTokenizerFast
+
     reader = open_reader(Path(path))
 
     def get(key: str, default: Any = None) -> Any:

@@ -1,0 +1,105 @@
+"""Call boundaries: `tap` marks a value with a name; `lift` runs a method where it meets the mark.
+
+A tap is the identity: to JAX it is a primitive that lowers to nothing. Flax models are tapped at
+every module's input and output by their doors; functions without modules call `tap` themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+from jax.interpreters import ad, batching, mlir
+
+from jaxpeft.core import control
+from jaxpeft.core.structured import node, static
+
+_tap = jex.Primitive("tap")
+
+
+def tap(x: jax.Array, name: str) -> jax.Array:
+    """`x`, marked as a place where methods that act on activations may work.
+
+    Args:
+        x: activations, features last: `(..., features)`.
+        name: a path and a side, such as "layers/attn:out". Rules match it like a parameter's path.
+
+    Returns:
+        `x`.
+
+    Example:
+        >>> import jaxpeft as jp
+        >>> def model(params, x):
+        ...     return jp.tap(x @ params["w"], "w:out")
+        >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+        >>> tuned = jp.transform(model, jp.rules(("w:out", jp.bottleneck(2))))
+        >>> adapter = tuned.init(jax.random.key(0), params, x)
+        >>> adapter["w:out"]["down"].shape
+        (2, 3)
+    """
+    return _tap.bind(x, name=name)
+
+
+def _jvp(primals: Any, tangents: Any, *, name: str) -> Any:
+    return tap(primals[0], name), tangents[0]
+
+
+def _batch(args: Any, axes: Any, *, name: str) -> Any:
+    # Features stay last, as methods expect them.
+    return tap(jnp.moveaxis(args[0], axes[0], 0), name), 0
+
+
+_tap.def_impl(lambda x, *, name: x)
+_tap.def_abstract_eval(lambda x, *, name: x)
+mlir.register_lowering(_tap, lambda ctx, x, *, name: [x])
+ad.primitive_jvps[_tap] = _jvp
+batching.primitive_batchers[_tap] = _batch
+
+
+@node
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tap:
+    """A method at work at one call boundary; `stack` leading axes of its arrays are layers."""
+
+    leaves: Any
+    key: Any = None
+    site: Any = static(default=None)
+    call: Callable[..., Any] = static(default=None)
+    stack: int = static(default=0)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.call(self.site, self.leaves, x, self.key).astype(x.dtype)
+
+    def layer(self) -> Tap:
+        """The same method inside a scan over its layers, which has taken a slice of the arrays."""
+        return dataclasses.replace(self, stack=self.stack - 1)
+
+
+class Boundary(NamedTuple):
+    """A tap in a program: its name, the layers of the scans around it, what it marks."""
+
+    name: str
+    stack: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+def boundaries(jaxpr: Any, stack: tuple[int, ...] = ()) -> Iterator[Boundary]:
+    """The taps of a program, those of programs inside it included, in order of appearance."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is _tap:
+            aval = eqn.invars[0].aval
+            yield Boundary(eqn.params["name"], stack, aval.shape, aval.dtype)
+        yield from inside(eqn, stack)
+
+
+def inside(eqn: Any, stack: tuple[int, ...] = ()) -> Iterator[Boundary]:
+    """The taps of the programs that an equation holds."""
+    spec = control.read_scan(eqn.params) if eqn.primitive.name == "scan" else None
+    layers = (*stack, spec.length) if spec else stack
+    for program in jex.jaxprs_in_params(eqn.params):
+        yield from boundaries(program, layers)
