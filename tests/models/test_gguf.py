@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from jaxpeft.models import load, load_tokenizer, save
 from jaxpeft.models.config import RopeScaling, from_hf
@@ -22,7 +23,7 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% en
 
 
 def vocabulary():
-    letters = list(transformers.convert_slow_tokenizer.bytes_to_unicode().values())
+    letters = list(bytes_to_unicode().values())
     return WORDS + letters + [merge.replace(" ", "") for merge in MERGES]
 
 
