@@ -86,12 +86,12 @@ def conv_1d() -> Built:
     return linen_case(nn.Conv(7, (3,)), normal(1, 2, 9, 5))
 
 
-@case(LAYERS, "`nn.Conv`, 2-D, strided", peers={"qwix": "fast", "quax": "dense"})
+@case(LAYERS, "`nn.Conv`, 2-D, strided")
 def conv_2d() -> Built:
     return linen_case(nn.Conv(7, (3, 2), strides=(2, 1), padding="VALID"), normal(1, 2, 5, 4, 3))
 
 
-@case(LAYERS, "`nn.Conv`, grouped and dilated", peers={"quax": "dense"})
+@case(LAYERS, "`nn.Conv`, grouped and dilated")
 def conv_grouped() -> Built:
     module = nn.Conv(10, (3, 2), feature_group_count=2, kernel_dilation=(1, 2))
     return linen_case(module, normal(1, 1, 4, 4, 6))

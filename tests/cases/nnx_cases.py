@@ -49,7 +49,7 @@ def linear_general() -> Built:
     return nnx_case(make, normal(1, 2, 3, 11))
 
 
-@case(LAYERS, "`nnx.Einsum`", peers={"qwix": "fast", "quax": "dense"})
+@case(LAYERS, "`nnx.Einsum`", peers={"quax": "dense"})
 def einsum() -> Built:
     def make(rngs):
         return nnx.Einsum("btd,dnh->btnh", (7, 5, 3), rngs=rngs)
@@ -236,7 +236,7 @@ def vmapped() -> Built:
     return own((5, 7), rows, normal(1, 3, 5))
 
 
-@case(STATE, "batch statistics and dropout, `mutable=`", peers={"qwix": "fails"})
+@case(STATE, "batch statistics and dropout, `mutable=`")
 def mutable() -> Built:
     rngs = nnx.Rngs(0)
     model = Sequence(

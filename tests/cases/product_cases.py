@@ -21,7 +21,7 @@ def einsum_case(equation: str, *shapes: tuple[int, ...], left: bool = False) -> 
     return of_weight(lambda w, x: jnp.einsum(equation, x, w), w, x)
 
 
-@case(EINSUMS, "`BTD,NDH->BTNH` (query)", peers={"qwix": "fails (linen)", "quax": "dense"})
+@case(EINSUMS, "`BTD,NDH->BTNH` (query)", peers={"qwix": "fails in linen", "quax": "dense"})
 def query() -> Built:
     return einsum_case("BTD,NDH->BTNH", (2, 2, 7), (5, 7, 3))
 
@@ -233,7 +233,7 @@ def tables() -> Built:
     return of_weight(use, normal(5, 11, 7), jnp.array([[1, 4, 2]]))
 
 
-@case(VIEWS, "a torch-style dict of dotted names, kernels `(out, in)`")
+@case(VIEWS, "a torch-style dict of dotted names, kernels `(out, in)`", peers={"qwix": "fails"})
 def torch_dict() -> Built:
     def model(weights, x):
         for name in ("layers.0.linear", "layers.1.linear"):
@@ -249,7 +249,11 @@ def torch_dict() -> Built:
     return Built(model, params, (normal(1, 3, 5),), {})
 
 
-@case(EXPERTS, "`ebd,edf->ebf`, one A and B an expert", peers={"quax": "fast", "qwix": "shared B"})
+@case(
+    EXPERTS,
+    "`ebd,edf->ebf`, one A and B an expert",
+    peers={"quax": "fast", "qwix": "one B for all"},
+)
 def experts() -> Built:
     return einsum_case("ebd,edf->ebf", (3, 2, 5), (3, 5, 7))
 

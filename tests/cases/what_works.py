@@ -1,0 +1,65 @@
+"""Writes `docs/what_works.md` from the table of cases: `python -m tests.cases.what_works`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tests.cases import CASES, Case
+
+PAGE = Path(__file__).parents[2] / "docs" / "what_works.md"
+PEERS = {"qwix": "qwix 0.1.8", "quax": "quax 0.4.6", "gemma": "gemma 3.3.0"}
+
+HEAD = """\
+# What works
+
+Models are written in many ways. This page lists the ways that we know of, found in public JAX code,
+and what LoRA does on each: `jaxpeft`, and beside it other JAX libraries where they were measured.
+
+| | |
+|---|---|
+| fast | the update runs as `(x A) B`; `A B` is never formed |
+| dense | right, but `W + A B` is formed, as costly as training the weight itself |
+| fails | an error |
+| silent | no adapter is made there and nothing says so |
+| – | not measured |
+
+Every row is a small model in `tests/cases`. For each of them `tests/test_laws.py` checks the
+outputs and the gradients against the merged model. Where our column says "fast", it also runs under
+`strict=True`, and the compiled training step is searched for arrays of the weight's size (a
+`while_loop` has no such step). Where it says "dense", you get a warning that names the weight, the
+operation and the line, or an error under `strict=True`.
+
+The other columns were measured with jax 0.10.2 and flax 0.12.8 on a CPU: `apply_lora_to_model` of
+qwix 0.1.8, the `LoraArray` example of quax 0.4.6, and `gm.nn.LoRA` of gemma 3.3.0. They are results
+on the operation that a row names, inside a module where the library needs one (qwix and gemma do
+not take functions). lorax 0.3.1 cannot be imported with that jax. The columns are meant as a map of
+what is hard, not as a ranking: newer versions may do better.
+"""
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    groups = itertools.groupby(CASES, key=lambda case: case.group)
+    lines = [line for name, cases in groups for line in section(name, cases)]
+    return "\n".join([HEAD, *lines])
+
+
+def section(name: str, cases: Iterable[Case]) -> Iterator[str]:
+    yield f"## {name}\n"
+    yield "| | jaxpeft | " + " | ".join(PEERS.values()) + " |"
+    yield "|---" * (2 + len(PEERS)) + "|"
+    yield from map(row, cases)
+    yield ""
+
+
+def row(case: Case) -> str:
+    ours = "fast" if case.fast else "dense"
+    cells = [case.name, ours, *(case.peers.get(peer, "–") for peer in PEERS)]
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page())
