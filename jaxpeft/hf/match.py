@@ -6,6 +6,7 @@ A module is named by its dotted path in the torch model, `model.layers.0.self_at
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -114,7 +115,19 @@ def shortest(
         )
         names.add(name)
         left = [module for module in left if module != left[0] and not matches(name, module)]
-    return sorted(names)
+    return _needed(names, {name: [m for m in wanted if matches(name, m)] for name in names})
+
+
+def _needed(names: Iterable[str], chosen: Mapping[str, list[str]]) -> list[str]:
+    """The names without those whose modules others choose as well."""
+    times = Counter(module for modules in chosen.values() for module in modules)
+    kept = []
+    for name in sorted(names):
+        if all(times[module] > 1 for module in chosen[name]):
+            times.subtract(chosen[name])
+        else:
+            kept.append(name)
+    return kept
 
 
 def _endings(module: str) -> list[str]:

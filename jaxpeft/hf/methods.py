@@ -52,7 +52,8 @@ def lora_by_layer(
     uniform = len(set(zip(ranks, alphas, strict=True))) == 1
     if uniform:
         return method
-    options = {**method.options, "ranks": list(ranks), "alphas": list(alphas)}
+    sizes = {"rslora": rslora, "ranks": list(ranks), "alphas": list(alphas)}
+    options = {**method.options, **sizes}
     scales = [
         scale_of(r, alpha, rslora) if r else method.options["scale"]
         for r, alpha in zip(ranks, alphas, strict=True)

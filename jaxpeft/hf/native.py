@@ -31,6 +31,8 @@ from jaxpeft.hf.read import at_paths
 
 VERSION = 1
 _KEY = "jaxpeft"
+# Arguments of factories that matter to fresh adapters only, and so need not be in a file.
+_START = {"init", "dtype"}
 
 
 def save(path: str | Path, adapter: Adapter, tuned: Tuned) -> None:
@@ -202,9 +204,11 @@ def _chain(names: list[str], options: Mapping[str, Any]) -> Method | None:
 
 
 def _attempt(factory: Callable[..., Any], options: Mapping[str, Any]) -> Method | None:
-    wanted = inspect.signature(factory).parameters
+    wanted = inspect.signature(factory).parameters.keys() - _START
+    if not wanted <= options.keys():
+        return None
     try:
-        method = factory(**{name: options[name] for name in wanted if name in options})
+        method = factory(**{name: options[name] for name in wanted})
     except (TypeError, ValueError):
         return None
     return method if isinstance(method, Method) else None

@@ -71,10 +71,12 @@ def load_adapter(
     table = _find_table(directory, model, names, sites)
     reader = Reader(directory / WEIGHTS)
     base = {} if params is None else dict(leaves_with_paths(params)[0])
+    if table.tied:
+        _check_tied(table.tied, options, directory / CONFIG)
     _check_targets(options, table, directory / CONFIG)
     stages = {row.path: _stages(row, options, table, reader, base) for row in table.rows.values()}
     if table.tied:
-        _read_head(table.tied, options, stages[table.tied.path], reader)
+        _read_head(table.tied, reader)
     reader.check()
     return assemble(model, table, {path: found for path, found in stages.items() if found})
 
@@ -398,25 +400,33 @@ def _read_rows(row: Row, rows: list[int], reader: Reader) -> Stages:
     return [(method, {"value": jnp.asarray(value)})]
 
 
-def _read_head(row: Row, options: Options, stages: Stages, reader: Reader) -> None:
-    """Checks what the file says of the head of a tied model, which has no weight of its own."""
-    table_module = row.modules[0]
-    low_rank = _targeted(options, table_module, row)
-    whole = options.saves(table_module)
-    alone = _targeted(options, HEAD, None) or options.saves(HEAD)
-    if (low_rank or whole or alone) and not options.ensure_weight_tying:
+def _check_tied(row: Row, options: Options, path: Path) -> None:
+    """A tied weight is tuned as one, or not at all."""
+    module = row.modules[0]
+    tuned = [_targeted(options, name, None) or options.saves(name) for name in (module, HEAD)]
+    if any(tuned) and not options.ensure_weight_tying:
         raise ValueError(
-            f"{reader.path.parent / CONFIG}: the adapter changes {table_module!r} or {HEAD!r} "
-            "alone, but they are one weight in this model. In PEFT, train it with "
-            "ensure_weight_tying=True, or untie the model (tie_word_embeddings=False) first."
+            f"{path}: the adapter changes {module!r} or {HEAD!r} alone, but they are one weight in "
+            "this model. In PEFT, train it with ensure_weight_tying=True, or untie the model "
+            "(tie_word_embeddings=False) first."
         )
-    pairs = [(f"{HEAD}.weight", f"{table_module}.weight", False)] if whole else []
-    if low_rank:
-        pairs = [
-            (f"{HEAD}.lora_A.weight", f"{table_module}.lora_embedding_B", True),
-            (f"{HEAD}.lora_B.weight", f"{table_module}.lora_embedding_A", True),
-            (f"{HEAD}.base_layer.weight", f"{table_module}.base_layer.weight", False),
-        ]
+    sizes = [(options.rank(name), options.alpha(name)) for name in (module, HEAD)]
+    if any(tuned) and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{path}: {module!r} and {HEAD!r} are one weight in this model, but their (rank, "
+            f"alpha) differ: {sizes[0]} and {sizes[1]}."
+        )
+
+
+def _read_head(row: Row, reader: Reader) -> None:
+    """Checks the tensors of a tied head, which must be those of the embedding."""
+    module = row.modules[0]
+    pairs = [
+        (f"{HEAD}.weight", f"{module}.weight", False),
+        (f"{HEAD}.lora_A.weight", f"{module}.lora_embedding_B", True),
+        (f"{HEAD}.lora_B.weight", f"{module}.lora_embedding_A", True),
+        (f"{HEAD}.base_layer.weight", f"{module}.base_layer.weight", False),
+    ]
     for head, own, transposed in pairs:
         if head in reader and own in reader:
             expected = reader.tensors[PREFIX + own]

@@ -112,7 +112,8 @@ def of_model(model: Any) -> Table | None:
     tokens = jax.ShapeDtypeStruct((2, 3), jnp.int32)
     sites = transform(model, full()).sites(nnx.state(model), tokens)
     tensors = {name.path: name.tensor for name in decoder_names(model.config)}
-    return Table({site.path: _row(site, tensors[site.path]) for site in sites}, True, True)
+    rows = {s.path: _row(s, tensors[s.path]) for s in sites if not s.boundary}
+    return Table(rows, True, True)
 
 
 def of_adapter(adapter: Adapter) -> Table:
@@ -158,7 +159,7 @@ def of_names(names: Mapping[str, str], sites: Sequence[Site], complete: bool) ->
         for site, match in hits:
             rows.setdefault(site.path, _row(site, _fill(glob, template, match.groups())))
     _check_distinct(rows)
-    return Table(rows, complete)
+    return Table({site.path: rows[site.path] for site in sites if site.path in rows}, complete)
 
 
 def _fill(glob: str, template: str, found: Sequence[str]) -> str:

@@ -105,8 +105,9 @@ def save_adapter(
         >>> jp.hf.save_adapter("my-adapter", tuned, adapter)  # doctest: +SKIP
         >>> peft.PeftModel.from_pretrained(torch_model, "my-adapter")  # doctest: +SKIP
     """
+    stages = _stages(tuned, adapter)
     table = _find_table(adapter, model, names, sites)
-    found = _collect(tuned, adapter, table)
+    found = _collect(stages, table)
     config = _config(found, table)
     _check_config(config, found, table)
     about = {"base_model_name_or_path": base_model_name, "task_type": task_type}
@@ -126,17 +127,28 @@ def _find_table(adapter: Adapter, model: Any, names: Any, sites: Any) -> Table:
     return of_model(model) or of_adapter(adapter)
 
 
-def _collect(tuned: Tuned, adapter: Adapter, table: Table) -> _Found:
+def _stages(tuned: Tuned, adapter: Adapter) -> dict[str, list[Stage]]:
     chosen = resolve(tuned.tuning, adapter.sites, tuned.head, whole=False)
+    found = {
+        path: stages_of(chosen[path].name, chosen[path].options, leaves)
+        for path, leaves in adapter.items()
+    }
+    for path, stages in found.items():
+        for stage in stages:
+            if stage.name not in _ADD:
+                raise PeftFormatError(f"{path!r} is tuned with {stage.name!r}, not with LoRA.")
+    return found
+
+
+def _collect(stages: Mapping[str, Sequence[Stage]], table: Table) -> _Found:
     found = _Found()
-    for path, leaves in adapter.items():
+    for path, at_path in stages.items():
         if path not in table.rows:
             raise ValueError(f"names has no torch module for {path!r}, which the adapter tunes.")
         row = table.rows[path]
         _check_site(row)
-        method = chosen[path]
-        for stage in stages_of(method.name, method.options, leaves):
-            _add(stage, row, found)
+        for stage in at_path:
+            _ADD[stage.name](stage, row, found)
     return found
 
 
@@ -158,13 +170,6 @@ def _check_site(row: Row) -> None:
         )
     if any("conv" in use for use in row.site.uses):
         raise PeftFormatError(f"{row.path!r} is a convolution.")
-
-
-def _add(stage: Stage, row: Row, found: _Found) -> None:
-    add = _ADD.get(stage.name)
-    if add is None:
-        raise PeftFormatError(f"{row.path!r} is tuned with {stage.name!r}, not with LoRA.")
-    add(stage, row, found)
 
 
 _LORA_OPTIONS = {"rank", "alpha", "dropout", "scale", "rslora", "ranks", "alphas"}
@@ -249,9 +254,12 @@ def _config(found: _Found, table: Table) -> dict[str, Any]:
     if len(dropouts) > 1:
         raise PeftFormatError(f"lora_dropout is one value, but sites have {sorted(dropouts)}.")
     modules = _modules(table)
+    tied = _tied(found, table)
     rslora = all(pair.rslora for pair in found.pairs.values())
     ranks = {module: pair.rank for module, pair in found.pairs.items()}
     alphas = {module: _alpha(pair, rslora) for module, pair in found.pairs.items()}
+    if tied in found.pairs:  # PEFT looks up the head's sizes by the head's own name.
+        ranks[HEAD], alphas[HEAD] = ranks[tied], alphas[tied]
     rank, alpha = _usual(ranks.values()), _usual(alphas.values())
     whole = [m for m in found.full if "weight" in found.full[m]]
     to_target = shortest(found.pairs, modules, lambda name, module: ends(module, [name]))
@@ -268,7 +276,7 @@ def _config(found: _Found, table: Table) -> dict[str, Any]:
         bias=_bias(found, whole, table),
         lora_bias=_has_lora_bias(found),
         trainable_token_indices=found.tokens or None,
-        ensure_weight_tying=_tied(found, table),
+        ensure_weight_tying=bool(tied),
     )
 
 
@@ -349,10 +357,10 @@ def _has_lora_bias(found: _Found) -> bool:
     return bool(found.lora_bias)
 
 
-def _tied(found: _Found, table: Table) -> bool:
-    """Whether a table that is also the head is changed, which PEFT takes for two weights."""
-    module = table.tied.modules[0] if table.tied else None
-    return module in found.pairs or module in found.full
+def _tied(found: _Found, table: Table) -> str:
+    """The embedding, if it is changed and is the head too, which PEFT takes for two weights."""
+    module = table.tied.modules[0] if table.tied else ""
+    return module if module in found.pairs or module in found.full else ""
 
 
 def _check_config(config: Mapping[str, Any], found: _Found, table: Table) -> None:

@@ -56,7 +56,7 @@ TUNINGS = {
     "norms": (
         jp.rules(QV, ("**/*norm/scale", jp.full())),
         "llama",
-        dict(modules_to_save=["input_layernorm", "norm"]),
+        dict(modules_to_save=["norm"]),
     ),
     "last-norm": (
         jp.rules(QV, ("norm/scale", jp.full())),
