@@ -42,7 +42,7 @@ class Score(NamedTuple):
 
 def demo(
     *,
-    steps: int = 150,
+    steps: int = 120,
     small: bool = False,
     cache: Path | None = None,
     output: Path = Path("jaxpeft-demo"),
@@ -279,8 +279,9 @@ def _summary(run: _Run, before: Score, after: Score, output: Path) -> Table:
          common.megabytes(adapter)),
     )  # fmt: skip
     table = Table()
-    for column, justify in (("", "left"), ("before", "right"), ("after", "right")):
-        table.add_column(column, justify=justify)
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
     for row in rows:
         table.add_row(*row)
     return table

@@ -2,16 +2,27 @@
 
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
 
 from jaxpeft.cli.demo import demo
+from jaxpeft.cli.finetune import finetune
+from jaxpeft.cli.generate import generate
+from jaxpeft.cli.inspect import inspect
+from jaxpeft.cli.merge import merge
 from jaxpeft.cli.options import with_file
 
-COMMANDS = {"demo": demo}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": demo,
+    "finetune": finetune,
+    "generate": generate,
+    "merge": merge,
+    "inspect": inspect,
+}
 _DESCRIPTION = (
     "Fine-tune language models with small adapters, in JAX. "
     "Start with `jaxpeft demo`: it downloads a small model and tunes it in about five minutes."
@@ -39,15 +50,15 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return _run(sys.argv[1:] if args is None else list(args))
     except KeyboardInterrupt as stop:
-        console.print(str(stop) or "Stopped.", style="yellow", markup=False)
+        console.print(str(stop) or "Stopped.", style="yellow", markup=False, soft_wrap=True)
         return _INTERRUPTED
     except FloatingPointError as error:
-        console.print(f"error: {error}", style="red", markup=False)
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     except (ValueError, OSError) as error:
         if not _is_message(error):
             raise
-        console.print(f"error: {error}", style="red", markup=False)
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 2
 
 

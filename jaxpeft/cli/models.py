@@ -47,8 +47,8 @@ def load_tokenizer(path: Path) -> Any:
     files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     if (path / "config.json").is_file() and not any((path / file).is_file() for file in files):
         raise FileNotFoundError(
-            f"{path} has no tokenizer: none of {', '.join(files)}. Copy them there from the model's "
-            "repository, or save them with `tokenizer.save_pretrained(directory)`."
+            f"{path} has no tokenizer: none of {', '.join(files)}. Copy them there from the "
+            "model's repository, or save them with `tokenizer.save_pretrained(directory)`."
         )
     return models.load_tokenizer(path)
 

@@ -1,0 +1,149 @@
+"""`jaxpeft inspect`: what is in a model, an adapter or a checkpoint."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from jaxpeft.cli import models as common
+from jaxpeft.cli.options import File, Text
+
+ADAPTER = "adapter_config.json"
+_SHOWN = ("peft_type", "r", "lora_alpha", "use_rslora", "lora_dropout", "bias", "task_type")
+
+
+def inspect(path: Annotated[Text, tyro.conf.arg(metavar="PATH")], *, cache: File = None) -> None:
+    """Say what is in a model, an adapter or a checkpoint.
+
+    For a model: its architecture, and each parameter with its path (which --targets matches),
+    shape, and what each axis does: "in" is contracted, "out" is kept, "stack" counts the layers.
+
+    Args:
+        path: a model's directory or .gguf file, an adapter's directory, or a directory of
+            checkpoints; or smollm2-135m-instruct, which is fetched.
+        cache: where a fetched model is kept, instead of ~/.cache/jaxpeft.
+    """
+    console = Console(highlight=False)
+    place = common.locate(path, cache)
+    steps = {} if place.is_file() else _checkpoints(place)
+    if (place / ADAPTER).is_file():
+        _adapter(place, console)
+    if steps:
+        _run(place, steps, console)
+    if not steps and not (place / ADAPTER).is_file():
+        _model(place, console)
+
+
+def _adapter(place: Path, console: Console) -> None:
+    from jaxpeft.hf.files import read_json, read_tensors
+
+    config = read_json(place / ADAPTER)
+    tensors, _ = read_tensors(place / "adapter_model.safetensors")
+    targets = config.get("target_modules") or []
+    named = [targets] if isinstance(targets, str) else sorted(targets)
+    console.print(f"[bold]Adapter[/] in Hugging Face PEFT's format: {place}")
+    rows = {name: config[name] for name in _SHOWN if config.get(name) is not None}
+    _pairs(console, rows | {
+        "target_modules": _shortened(named),
+        "base model": config.get("base_model_name_or_path") or "not named",
+        "tensors": len(tensors),
+        "parameters": f"{sum(t.size for t in tensors.values()):,}",
+        "file": common.megabytes((place / "adapter_model.safetensors").stat().st_size),
+    })  # fmt: skip
+
+
+def _checkpoints(place: Path) -> dict[int, Path]:
+    """The checkpoints in a run's directory, or in its `checkpoints`, by step."""
+    for folder in (place / "checkpoints", place):
+        if folder.is_dir():
+            found = [p for p in folder.iterdir() if (p / "about" / "metadata").is_file()]
+            if found:
+                return {int(p.name): p for p in sorted(found, key=lambda p: int(p.name))}
+    about = place / "about" / "metadata"
+    return {int(place.name): place} if about.is_file() and place.name.isdigit() else {}
+
+
+def _run(place: Path, steps: Mapping[int, Path], console: Console) -> None:
+    last = max(steps)
+    about = json.loads((steps[last] / "about" / "metadata").read_text(encoding="utf-8"))
+    console.print(f"[bold]Checkpoints[/] of the steps {', '.join(map(str, steps))}: {place}")
+    _pairs(console, {k: v for k, v in about["fingerprint"].items() if v is not None})
+    arrays = {k: v for k, v in about["arrays"].items() if k.startswith("adapter/")}
+    table = Table(title=f"The adapter at step {last}")
+    table.add_column("path", overflow="fold")
+    table.add_column("dtype and shape")
+    for name, kind in arrays.items():
+        table.add_row(name.removeprefix("adapter/"), kind.replace("[", r"\["))
+    console.print(table)
+    size = sum(p.stat().st_size for p in steps[last].rglob("*") if p.is_file())
+    others = len(about["arrays"]) - len(arrays)
+    console.print(f"and {others} arrays of the optimizer; {common.megabytes(size)} a checkpoint")
+
+
+def _model(place: Path, console: Console) -> None:
+    from jaxpeft.models.load import open_checkpoint
+
+    config = open_checkpoint(place).config
+    sites = _sites(config)
+    total = sum(site.size for site in sites)
+    console.print(f"[bold]Model[/]: {place}, {common.megabytes(common.size_on_disk(place))}")
+    _pairs(console, {
+        "architecture": config.model_type,
+        "layers": config.num_hidden_layers,
+        "width": f"{config.hidden_size}, {config.intermediate_size} in the MLP",
+        "heads": f"{config.num_attention_heads} for queries, {config.num_key_value_heads} for "
+        f"keys and values, of width {config.head_dim}",
+        "vocabulary": f"{config.vocab_size:,}" + _tied(config),
+        "context": f"{config.max_position_embeddings:,} tokens",
+        "parameters": f"{total:,}",
+    })  # fmt: skip
+    console.print(_table(sites))
+    wide, narrow = common.megabytes(4 * total), common.megabytes(2 * total)
+    console.print(f"{wide} in float32, {narrow} in bfloat16")
+
+
+def _tied(config: Any) -> str:
+    return ", the head shares the embedding" if config.tie_word_embeddings else ""
+
+
+def _sites(config: Any) -> list[Any]:
+    """How the model uses its parameters, from its shapes alone."""
+    import jax
+    from flax import nnx
+
+    import jaxpeft as jp
+    from jaxpeft.models import Decoder
+
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    tokens = jax.ShapeDtypeStruct((1, 8), "int32")
+    sites = jp.transform(model, jp.lora(1)).sites(nnx.state(model), tokens)
+    return [site for site in sites if not site.boundary]
+
+
+def _table(sites: Iterable[Any]) -> Table:
+    table = Table(title="Parameters")
+    table.add_column("path", overflow="fold")
+    for column in ("shape", "axes", "float32"):
+        table.add_column(column)
+    for site in sites:
+        shape = " x ".join(f"{n:,}" for n in site.shape)
+        roles = ", ".join(role or "-" for role in site.roles)
+        table.add_row(site.path, shape, roles, common.megabytes(4 * math.prod(site.shape)))
+    return table
+
+
+def _pairs(console: Console, rows: Mapping[str, Any]) -> None:
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(f"  {name}", str(value).replace("[", r"\["))
+    console.print(table)
+
+
+def _shortened(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
