@@ -9,9 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from jaxpeft.core.sites import ROLES, Site
 
 
 def write_directory(directory: Path, names: Sequence[str], write: Callable[[Path], None]) -> None:
@@ -34,7 +37,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     save_file(arrays, path, metadata=dict(metadata))
 
 
@@ -72,6 +75,25 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             f"{path} is damaged or no safetensors file that numpy can hold: {error}. "
             "Copy or save it again."
         ) from error
+
+
+def read_site(values: Any) -> Site:
+    """A site from a file.
+
+    Raises:
+        ValueError: if a value is not what `Site.to_json` writes.
+    """
+    try:
+        site = Site.from_json(values)
+        names = isinstance(site.path, str) and set(site.roles) <= {*ROLES, ""}
+        sizes = all(isinstance(size, int) and size >= 0 for size in site.shape)
+        whole = names and sizes and len(site.roles) in (0, len(site.shape))
+        jnp.dtype(site.dtype)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{values!r} is no site: {error}.") from error
+    if not whole:
+        raise ValueError(f"{values!r} is no site.")
+    return site
 
 
 def check_file(path: Path) -> None:

@@ -26,7 +26,7 @@ from jaxpeft.core.transform import Adapter, Method, Tuned, compose, resolve
 from jaxpeft.core.tree import leaves_with_paths
 from jaxpeft.flax import transform
 from jaxpeft.hf import methods
-from jaxpeft.hf.files import read_tensors, some, write_directory, write_tensors
+from jaxpeft.hf.files import read_site, read_tensors, some, write_directory, write_tensors
 from jaxpeft.hf.read import at_paths
 
 VERSION = 1
@@ -97,7 +97,7 @@ def load(path: str | Path, model: Any, *, tuning: Any = None) -> tuple[Tuned, Ad
         tuned = transform(model, tuning)
         chosen = resolve(tuning, sites, tuned.head, whole=False)
         _check_tuning(path, chosen, described)
-    expected = Adapter({s.path: _shapes(chosen[s.path], s) for s in sites}, sites)
+    expected = Adapter({s.path: _shapes(path, chosen[s.path], s) for s in sites}, sites)
     return tuned, _filled(path, expected, tensors)
 
 
@@ -113,7 +113,7 @@ def _digest(tensors: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype.name} {tensor.shape};".encode())
-        digest.update(np.ascontiguousarray(tensor).tobytes())
+        digest.update(tensor.tobytes())
     return digest.hexdigest()
 
 
@@ -154,9 +154,7 @@ def _read_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _parse(path: Path, notes: Mapping[str, Any]) -> tuple[list[Site], dict[str, Any]]:
     try:
-        sites = [Site.from_json(site) for site in notes["sites"]]
-        for site in sites:
-            jax.ShapeDtypeStruct(site.shape, site.dtype)
+        sites = [read_site(site) for site in notes["sites"]]
         described = {
             site.path: {
                 "name": str(notes["methods"][site.path]["name"]),
@@ -241,9 +239,15 @@ def _check_tuning(path: Path, chosen: Mapping[str, Method], described: Mapping[s
             )
 
 
-def _shapes(method: Method, site: Site) -> Any:
+def _shapes(path: Path, method: Method, site: Site) -> Any:
+    """The leaves of a method at a site, as shapes."""
     weight = jax.ShapeDtypeStruct(site.shape, site.dtype)
-    return jax.eval_shape(lambda k, w: method.init(k, site, w), jax.random.key(0), weight)
+    try:
+        if not method.fits(site):
+            raise ValueError(f"it does not fit the roles {site.roles}")
+        return jax.eval_shape(lambda k, w: method.init(k, site, w), jax.random.key(0), weight)
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"{path}: {method.name!r} cannot be at {site.path!r}: {error}.") from error
 
 
 def _filled(path: Path, expected: Adapter, tensors: Mapping[str, np.ndarray]) -> Adapter:

@@ -17,7 +17,7 @@ from jaxpeft.core.tree import leaves_with_paths
 from jaxpeft.flax import transform
 from jaxpeft.hf import methods
 from jaxpeft.hf.config import CONFIG, WEIGHTS, Options, read_options
-from jaxpeft.hf.files import read_json, read_tensors, some
+from jaxpeft.hf.files import read_json, read_site, read_tensors, some
 from jaxpeft.hf.table import HEAD, Row, Table, of_model, of_names
 
 PREFIX = "base_model.model."
@@ -128,10 +128,10 @@ def _find_table(directory: Path, model: Any, names: Any, sites: Any) -> Table:
 def table_of_json(notes: Mapping[str, Any], path: Path) -> Table:
     """The table that `save_adapter` wrote next to the adapter."""
     try:
-        sites = [Site.from_json(site) for site in notes["sites"]]
+        sites = [read_site(site) for site in notes["sites"]]
         exact = {site.path: str(notes["names"][site.path]) for site in sites}
         return of_names(exact, sites, complete=False)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r}. Delete it and pass names=.") from error
 
 

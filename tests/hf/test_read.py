@@ -1,7 +1,11 @@
 """Reading adapters that peft wrote."""
 
+import jax
 import numpy as np
+import peft
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from jaxpeft.hf import load_adapter
 from tests.hf.conftest import PEFT_WARNINGS, check, torch_logits, tune
@@ -94,3 +98,14 @@ def test_logits_merged_weights_and_sites(base, tokens, tmp_path, name):
     found = {site.path: site for site in tuned.sites(params, tokens)}
     assert [site.path for site in adapter.sites] == list(adapter)
     assert all(site == found[site.path] for site in adapter.sites)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_files_are_widened(base, tokens, tmp_path, dtype):
+    _, model, params = written(base, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path)
+    tuned, adapter = load_adapter(tmp_path, model)
+    assert {leaf.dtype for leaf in jax.tree.leaves(adapter)} == {np.dtype("float32")}
+    torch_model = peft.PeftModel.from_pretrained(base("llama")[0], tmp_path)
+    check(tuned.apply(adapter, params, tokens), torch_logits(torch_model, tokens))
