@@ -7,12 +7,12 @@ from jaxpeft import train as train
 from jaxpeft.core.lift import MaterializeError as MaterializeError
 from jaxpeft.core.lift import MaterializeWarning as MaterializeWarning
 from jaxpeft.core.lift import lift as lift
+from jaxpeft.core.method import Method as Method
 from jaxpeft.core.rules import chain as chain
 from jaxpeft.core.rules import rules as rules
 from jaxpeft.core.sites import Site as Site
 from jaxpeft.core.tap import tap as tap
 from jaxpeft.core.transform import Adapter as Adapter
-from jaxpeft.core.transform import Method as Method
 from jaxpeft.core.transform import Tuned as Tuned
 from jaxpeft.core.tree import combine as combine
 from jaxpeft.core.tree import labels as labels

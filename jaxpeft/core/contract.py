@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpeft.core.labels import Layout, View
+from jaxpeft.core.sharding import explicit, like, placed, spec_of
 from jaxpeft.core.structured import Contraction
 
 if TYPE_CHECKING:
@@ -91,16 +92,30 @@ def _join(x: Labelled, f: Labelled, keep: set[int], numerics: Numerics) -> Label
         )
         for group in (contracted, batch)
     ]
+    gone = set(shared)
+    free = [label for operand in (x, f) for label in operand.labels if label not in gone]
     array = lax.dot_general(
         x.array.astype(numerics.dtype),
         f.array,
         (dims[0], dims[1]),
         precision=numerics.precision,
         preferred_element_type=numerics.accumulate,
+        out_sharding=_out_sharding(x, f, (*batch, *free)),
     )
-    gone = set(shared)
-    free = [label for operand in (x, f) for label in operand.labels if label not in gone]
     return Labelled(array, (*batch, *free))
+
+
+def _out_sharding(x: Labelled, f: Labelled, labels: Sequence[int]) -> Any:
+    """On an explicit mesh, every label stays split as the operand that brings it has it."""
+    meshes = [sharding.mesh for operand in (x, f) if (sharding := explicit(operand.array))]
+    if not meshes:
+        return None
+    entries = {
+        label: entry
+        for operand in (f, x)
+        for label, entry in zip(operand.labels, spec_of(operand.array), strict=True)
+    }
+    return placed(meshes[0], [entries[label] for label in labels])
 
 
 def _sum_out(x: Labelled, keep: set[int]) -> Labelled:
@@ -130,7 +145,7 @@ def dropped(weight: Einsum, x: Array) -> Array:
         return x
     key = weight.key[(0,) * weight.key.ndim]
     keep = jax.random.bernoulli(key, 1.0 - weight.rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1.0 - weight.rate, x.dtype), jnp.zeros((), x.dtype))
+    return jnp.where(like(keep, x), x / jnp.asarray(1.0 - weight.rate, x.dtype), 0)
 
 
 def _factors(weight: Einsum) -> list[Labelled]:
@@ -149,7 +164,7 @@ def _label(x: Array, known: dict[int, tuple[int, ...]], layout: Layout) -> tuple
             layout, known = (grown := layout.fresh(size))[0], {**known, axis: grown[1]}
         axes.append(known[axis])
     labels = _flat(axes)
-    return Labelled(x.reshape([layout.size[label] for label in labels]), labels), axes, layout
+    return Labelled(_resize(x, [layout.size[label] for label in labels]), labels), axes, layout
 
 
 def dot_general(weight: Einsum, op: Contraction) -> Array:
@@ -173,7 +188,12 @@ def dot_general(weight: Einsum, op: Contraction) -> Array:
         _compute_dtype(x.array, op), op.params["precision"], op.params["preferred_element_type"]
     )
     y = product(x, _factors(weight), wanted, layout.size, weight.scale, numerics)
-    return y.reshape(op.out.shape).astype(op.out.dtype)
+    return _resize(y, op.out.shape).astype(op.out.dtype)
+
+
+def _resize(x: Array, shape: Sequence[int]) -> Array:
+    # A reshape to the same shape is not free on an explicit mesh.
+    return x if x.shape == tuple(shape) else x.reshape(shape)
 
 
 def _rows(

@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from jaxpeft.core.contract import RULES, Labelled, product
 from jaxpeft.core.labels import Cut, Drop, Edit, Layout, Split, View
+from jaxpeft.core.sharding import place
 from jaxpeft.core.structured import Contraction, Structured, node, static
 
 Array = jax.Array
@@ -61,6 +63,8 @@ class Einsum(Structured):
             return dataclasses.replace(self, dtype=jnp.dtype(view.args[0]))
         if view.kind == "scale":
             return self._scaled(jnp.asarray(view.args[0]), view.args[1])
+        if view.kind == "place":
+            return self._placed(*view.args)
         step = self.layout.apply(view)
         return self._edited(*step) if step else None
 
@@ -120,6 +124,20 @@ class Einsum(Structured):
         for edit in edits:
             pairs = [_edit(array, labels, edit) for array, labels in pairs]
         return self._with(pairs, layout)
+
+    def _placed(self, sharding: NamedSharding) -> Structured:
+        """Each factor split along its own axes as the weight is asked to be."""
+        spec = (*sharding.spec, *[None] * (len(self.shape) - len(sharding.spec)))
+        entries = {
+            axis[0]: entry
+            for axis, entry in zip(self.layout.axes, spec, strict=True)
+            if len(axis) == 1
+        }
+        factors = tuple(
+            place(factor, sharding, [entries.get(label) for label in labels])
+            for factor, labels in zip(self.factors, self.owned, strict=True)
+        )
+        return dataclasses.replace(self, factors=factors)
 
     def _scaled(self, factor: Array, dimensions: tuple[int, ...]) -> Structured | None:
         """Times a scalar or a vector: `factor` has the sizes of the axes `dimensions`."""

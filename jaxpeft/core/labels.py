@@ -195,6 +195,7 @@ _RULES: dict[str, Callable[..., Step]] = {
     "keep": _keep,
     "convert": _keep,
     "scale": _keep,
+    "place": _keep,
     "transpose": _transpose,
     "squeeze": _squeeze,
     "reshape": _reshape,

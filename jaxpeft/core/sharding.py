@@ -1,4 +1,4 @@
-"""New leaves take the sharding of the weight that they sit on."""
+"""Sharding: new leaves lie like the weight that they sit on, and products on explicit meshes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def inherit(leaf: jax.Array, weight: Any, axes: Sequence[int | None]) -> jax.Array:
@@ -34,3 +34,47 @@ def _ways(sharding: NamedSharding, names: Any) -> int:
     for name in several:
         ways *= sharding.mesh.shape[name]
     return ways
+
+
+def explicit(x: jax.Array) -> NamedSharding | None:
+    """The sharding in the type of `x`, where its mesh has explicit axes; else None.
+
+    On auto meshes the compiler places results, and there is nothing to say.
+    """
+    sharding = jax.typeof(x).sharding
+    kinds = getattr(getattr(sharding, "mesh", None), "axis_types", None) or ()
+    return sharding if AxisType.Explicit in kinds else None
+
+
+def spec_of(x: jax.Array) -> tuple[Any, ...]:
+    """One partition entry an axis: mesh axis names, or None."""
+    sharding = explicit(x)
+    spec = tuple(sharding.spec) if sharding else ()
+    return spec + (None,) * (x.ndim - len(spec))
+
+
+def placed(mesh: Any, entries: Sequence[Any]) -> NamedSharding:
+    """A sharding of these entries, in which no mesh axis splits more than one axis."""
+    taken: set[str] = set()
+    spec = []
+    for entry in entries:
+        several = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+        spec.append(None if taken & set(several) else entry)
+        taken |= set(several)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """`x` resharded to the type of `other`, where the mesh is explicit."""
+    wanted, now = explicit(other), explicit(x)
+    if wanted is None or (now is not None and now.spec == wanted.spec):
+        return x
+    return jax.sharding.reshard(x, wanted)
+
+
+def place(x: jax.Array, sharding: NamedSharding, entries: Sequence[Any]) -> jax.Array:
+    """`x` with its axes split as `entries`, by the means that `sharding` asks for of a weight."""
+    target = placed(sharding.mesh, entries)
+    if AxisType.Explicit in (sharding.mesh.axis_types or ()):
+        return jax.sharding.reshard(x, target)
+    return jax.lax.with_sharding_constraint(x, target)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxpeft.core.labels import View
+from jaxpeft.core.sharding import like
 
 Array = jax.Array
 
@@ -114,7 +115,8 @@ class Sum(Structured):
     def materialize(self, dtype: DTypeLike | None = None) -> Array:
         # Parts are added in float32 or wider, and rounded once.
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        total = functools.reduce(jnp.add, (dense(part, wide) for part in self.parts))
+        parts = [dense(part, wide) for part in self.parts]
+        total = functools.reduce(lambda total, part: total + like(part, total), parts)
         return total.astype(dtype or self.dtype)
 
     def view(self, view: View) -> Structured | None:
@@ -125,7 +127,7 @@ class Sum(Structured):
         known = [term for term in terms if term is not None]
         if len(known) < len(terms):
             return None
-        return functools.reduce(lambda total, term: total + term.astype(total.dtype), known)
+        return functools.reduce(lambda y, term: y + like(term.astype(y.dtype), y), known)
 
     def unstack(self) -> tuple[Any, Callable[[Any], Structured]] | None:
         halves = [unstack(part) for part in self.parts]

@@ -5,49 +5,20 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxpeft.core import lift as lifting
-from jaxpeft.core.rules import Chain, Rules, compile_pattern, nearest, unmatched
+from jaxpeft.core.method import Leaves, Method, resolve, tune_weight
+from jaxpeft.core.rules import nearest
 from jaxpeft.core.sites import Site, discover, listing
 from jaxpeft.core.structured import Structured, Sum, dense
 from jaxpeft.core.tap import Tap
 from jaxpeft.core.tree import leaves_with_paths
 
 Array = jax.Array
-Leaves = dict[str, Any]
-
-
-class Method(NamedTuple):
-    """A way to tune one site: a small immutable value that holds pure functions.
-
-    A method works on a parameter (`weight`) or on activations at a call boundary (`call`).
-
-    Attributes:
-        name: such as "lora".
-        init: `(key, site, weight) -> leaves`, the adapter's arrays at one site. `weight` may be a
-            `ShapeDtypeStruct` for methods that do not look at its values.
-        weight: `(site, leaves, weight, key) -> array or Structured`, the tuned weight. `key` is a
-            typed PRNG key for dropout, or None.
-        call: `(site, leaves, x, key) -> x`, the tuned activations `(..., features)`. Inside a scan
-            the leaves are those of one layer.
-        fits: `(site) -> bool`, where the method can work.
-        bare: `(site) -> bool`, where it goes when given to `transform` without rules.
-        options: the factory's arguments, for files and reports.
-        fixed: names of leaves that are not trained.
-    """
-
-    name: str
-    init: Callable[[Array, Site, Any], Leaves]
-    weight: Callable[[Site, Leaves, Any, Array | None], Any] | None
-    fits: Callable[[Site], bool]
-    bare: Callable[[Site], bool]
-    options: Mapping[str, Any] = {}
-    fixed: tuple[str, ...] = ()
-    call: Callable[[Site, Leaves, Any, Array | None], Any] | None = None
 
 
 class Sites(tuple[Site, ...]):
@@ -241,13 +212,6 @@ class Tuned:
         return taps
 
 
-def tune_weight(method: Method, site: Site, leaves: Leaves, weight: Any, key: Any = None) -> Any:
-    """The tuned weight of one site; an error for a method that works on activations."""
-    if method.weight is None:
-        raise ValueError(f"`{method.name}` works on activations, not on the weight {site.path!r}.")
-    return method.weight(site, leaves, weight, key)
-
-
 def named(weight: Any, path: str) -> Any:
     return Sum((weight,), path) if isinstance(weight, Structured) else weight
 
@@ -260,115 +224,6 @@ def typed_key(key: Any) -> Array:
 def site_key(key: Array, path: str) -> Array:
     """A key of its own for each site, the same in every process."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
-
-
-def resolve(
-    tuning: Any, sites: Sequence[Site], head: str | None = None, *, whole: bool = True
-) -> dict[str, Method]:
-    """The method at each site that has one.
-
-    Args:
-        tuning: a method, `Rules` or `Chain`.
-        sites: the candidates.
-        head: path of the output head, which a bare method leaves alone.
-        whole: `sites` are all of the model's, so that a rule which fits none is an error.
-
-    Returns:
-        Methods by path, in the order of `sites`.
-
-    Raises:
-        ValueError: if nothing is tuned, or a rule fits nothing.
-        TypeError: if `tuning` is no tuning.
-    """
-    if isinstance(tuning, Method):
-        found = {s.path: tuning for s in sites if tuning.bare(s) and s.path != head}
-    elif isinstance(tuning, Rules):
-        found = _first_fit(tuning, sites, whole)
-    elif isinstance(tuning, Chain):
-        found = _chained([resolve(t, sites, head, whole=whole) for t in tuning.tunings], sites)
-    else:
-        raise TypeError(f"a tuning is a method, rules(...) or chain(...), got {tuning!r}.")
-    if whole and not found:
-        raise ValueError(
-            f"the tuning fits none of the {len(sites)} parameters: no product uses one as a linear "
-            "map. Use `tuned.sites(params, *inputs)` to list them."
-        )
-    return found
-
-
-def _first_fit(tuning: Rules, sites: Sequence[Site], whole: bool) -> dict[str, Method]:
-    matchers = [(where, compile_pattern(where), method) for where, method in tuning.pairs]
-    if whole:
-        for where, matches, method in matchers:
-            _check_rule(where, matches, method, sites)
-    found = {}
-    for site in sites:
-        for _, matches, method in matchers:
-            if matches(site.path, site) and _fits(method, site):
-                found[site.path] = method
-                break
-    return found
-
-
-def _fits(method: Any, site: Site) -> bool:
-    return bool(method.fits(site))
-
-
-def _check_rule(where: Any, matches: Any, method: Any, sites: Sequence[Site]) -> None:
-    if not isinstance(method, Method):
-        raise TypeError(f"rules: {where!r} is paired with {method!r}, which is no method.")
-    matched = [site for site in sites if matches(site.path, site)]
-    if not matched:
-        raise ValueError(unmatched(where, [site.path for site in sites], "parameters"))
-    if not any(_fits(method, site) for site in matched):
-        shown = ", ".join(repr(site.path) for site in matched[:3])
-        raise ValueError(
-            f"where={where!r} matched {shown}, but `{method.name}` cannot work there: no product "
-            "uses them as a linear map. Use `full()` to train them, or another pattern."
-        )
-
-
-def _chained(found: Sequence[dict[str, Method]], sites: Sequence[Site]) -> dict[str, Method]:
-    paths = [site.path for site in sites if any(site.path in methods for methods in found)]
-    return {path: compose([methods.get(path) for methods in found]) for path in paths}
-
-
-def compose(methods: Sequence[Method | None]) -> Method:
-    """Methods one after the other at one site; the leaves of each stand under its number."""
-    stages = {str(i): method for i, method in enumerate(methods) if method is not None}
-    boundary = any(method.call for method in stages.values())
-
-    def init(key: Array, site: Site, weight: Any) -> Leaves:
-        return {
-            name: method.init(jax.random.fold_in(key, int(name)), site, weight)
-            for name, method in stages.items()
-        }
-
-    def tuned(site: Site, leaves: Leaves, value: Any, key: Array | None) -> Any:
-        for name, method in stages.items():
-            stage_key = None if key is None else jax.random.fold_in(key, int(name))
-            work: Any = method.call if boundary else method.weight
-            value = work(site, leaves[name], value, stage_key)
-        return value
-
-    return Method(
-        name="+".join(method.name for method in stages.values()),
-        init=init,
-        weight=None if boundary else tuned,
-        fits=lambda site: all(method.fits(site) for method in stages.values()),
-        bare=lambda site: True,
-        options={name: method.options for name, method in stages.items()},
-        fixed=tuple(f"{n}/{leaf}" for n, method in stages.items() for leaf in method.fixed),
-        call=tuned if boundary else None,
-    )
-
-
-def at_boundaries(tuning: Any) -> bool:
-    """Whether any method of a tuning works on activations, so that the model must be tapped."""
-    if isinstance(tuning, Method):
-        return tuning.call is not None
-    parts = tuning.tunings if isinstance(tuning, Chain) else getattr(tuning, "pairs", ())
-    return any(at_boundaries(part[1] if isinstance(tuning, Rules) else part) for part in parts)
 
 
 def _marks(leaves: Any, method: Method, prefix: str = "") -> Any:

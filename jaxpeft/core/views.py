@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from jaxpeft.core.labels import View
 
@@ -66,6 +67,11 @@ def _keep(params: dict[str, Any], shape: tuple[int, ...], others: Sequence[Any])
     return None if others else ("keep", ())
 
 
+def _place(params: dict[str, Any], shape: tuple[int, ...], others: Sequence[Any]) -> Any:
+    sharding = params.get("sharding", params.get("dst_sharding"))
+    return ("place", (sharding,)) if isinstance(sharding, NamedSharding) else ("keep", ())
+
+
 _READERS: dict[str, Callable[[dict[str, Any], tuple[int, ...], Sequence[Any]], Any]] = {
     "convert_element_type": _convert,
     "transpose": _transpose,
@@ -77,8 +83,8 @@ _READERS: dict[str, Callable[[dict[str, Any], tuple[int, ...], Sequence[Any]], A
     "copy": _keep,
     "copy_p": _keep,
     "name": _keep,
-    "sharding_constraint": _keep,
-    "reshard": _keep,
+    "sharding_constraint": _place,
+    "reshard": _place,
     "mesh_cast": _keep,
     "layout_constraint": _keep,
 }

@@ -7,7 +7,8 @@ from typing import Any
 
 from flax import linen, nnx
 
-from jaxpeft.core.transform import Tuned, at_boundaries
+from jaxpeft.core.method import at_boundaries
+from jaxpeft.core.transform import Tuned
 from jaxpeft.core.transform import transform as transform_function
 from jaxpeft.flax.linen import linen_function
 from jaxpeft.flax.nnx import nnx_function

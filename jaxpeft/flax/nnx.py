@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxpeft.core.transform import Adapter, Tuned, at_boundaries
+from jaxpeft.core.method import at_boundaries
+from jaxpeft.core.transform import Adapter, Tuned
 from jaxpeft.core.transform import transform as transform_function
 from jaxpeft.flax.mark import mark
 

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.core.method import Leaves, Method, tune_weight
 from jaxpeft.core.sites import Site
 from jaxpeft.core.structured import dense
-from jaxpeft.core.transform import Leaves, Method, tune_weight
 from jaxpeft.methods.full import full
 from jaxpeft.methods.lora import lora
 from jaxpeft.methods.lora import rslora as stabilized

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpeft.methods
+from jaxpeft.core.method import Method, compose, resolve
 from jaxpeft.core.sites import Site
-from jaxpeft.core.transform import Adapter, Method, Tuned, compose, resolve
+from jaxpeft.core.transform import Adapter, Tuned
 from jaxpeft.core.tree import leaves_with_paths
 from jaxpeft.flax import transform
 from jaxpeft.hf import methods

@@ -3,69 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jaxpeft.core.sites import Site
-from jaxpeft.core.transform import Adapter, Tuned, resolve
+from jaxpeft.core.transform import Adapter, Tuned
+from jaxpeft.hf.collect import Found, Pair, PeftFormatError, collect, stages_at
 from jaxpeft.hf.config import CONFIG, WEIGHTS, Options, full_config
 from jaxpeft.hf.files import some, write_directory, write_json, write_tensors
 from jaxpeft.hf.match import ends, parts, search, shortest
-from jaxpeft.hf.read import NOTES, PREFIX, low_rank_keys, torch_axes
-from jaxpeft.hf.table import HEAD, Row, Table, of_adapter, of_model, of_names
-
-
-class PeftFormatError(ValueError):
-    """An adapter that PEFT's LoRA format cannot express; `jaxpeft.save` can store it."""
-
-    def __init__(self, problem: str):
-        super().__init__(
-            f"PEFT's LoRA format cannot express this adapter: {problem} "
-            "Use jaxpeft.save(path, adapter, tuned), which stores any adapter."
-        )
-
-
-class Stage(NamedTuple):
-    """One method at one site: its name, options and leaves."""
-
-    name: str
-    options: Mapping[str, Any]
-    leaves: Mapping[str, Any]
-
-
-class Pair(NamedTuple):
-    """LoRA at one torch module; `a` is (rank, in), `b` is (out, rank)."""
-
-    row: Row
-    a: np.ndarray
-    b: np.ndarray
-    alpha: float
-    rslora: bool
-    dropout: float
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-
-@dataclasses.dataclass
-class _Found:
-    """What an adapter does, by torch module."""
-
-    pairs: dict[str, Pair] = dataclasses.field(default_factory=dict)
-    full: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
-    lora_bias: dict[str, tuple[np.ndarray, float]] = dataclasses.field(default_factory=dict)
-    tokens: dict[str, list[int]] = dataclasses.field(default_factory=dict)
-    tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+from jaxpeft.hf.read import NOTES
+from jaxpeft.hf.table import HEAD, Table, of_adapter, of_model, of_names
+from jaxpeft.hf.tensors import PREFIX, low_rank_keys
 
 
 def save_adapter(
@@ -105,9 +58,9 @@ def save_adapter(
         >>> jp.hf.save_adapter("my-adapter", tuned, adapter)  # doctest: +SKIP
         >>> peft.PeftModel.from_pretrained(torch_model, "my-adapter")  # doctest: +SKIP
     """
-    stages = _stages(tuned, adapter)
+    stages = stages_at(tuned, adapter)
     table = _find_table(adapter, model, names, sites)
-    found = _collect(stages, table)
+    found = collect(stages, table)
     config = _config(found, table)
     _check_config(config, found, table)
     about = {"base_model_name_or_path": base_model_name, "task_type": task_type}
@@ -127,127 +80,7 @@ def _find_table(adapter: Adapter, model: Any, names: Any, sites: Any) -> Table:
     return of_model(model) or of_adapter(adapter)
 
 
-def _stages(tuned: Tuned, adapter: Adapter) -> dict[str, list[Stage]]:
-    chosen = resolve(tuned.tuning, adapter.sites, tuned.head, whole=False)
-    found = {
-        path: stages_of(chosen[path].name, chosen[path].options, leaves)
-        for path, leaves in adapter.items()
-    }
-    for path, stages in found.items():
-        for stage in stages:
-            if stage.name not in _ADD:
-                raise PeftFormatError(f"{path!r} is tuned with {stage.name!r}, not with LoRA.")
-    return found
-
-
-def _collect(stages: Mapping[str, Sequence[Stage]], table: Table) -> _Found:
-    found = _Found()
-    for path, at_path in stages.items():
-        if path not in table.rows:
-            raise ValueError(f"names has no torch module for {path!r}, which the adapter tunes.")
-        row = table.rows[path]
-        _check_site(row)
-        for stage in at_path:
-            _ADD[stage.name](stage, row, found)
-    return found
-
-
-def stages_of(name: str, options: Mapping[str, Any], leaves: Mapping[str, Any]) -> list[Stage]:
-    """The methods of a chain at one site, or the only one."""
-    if not options or not all(number.isdigit() for number in options):
-        return [Stage(name, options, leaves)]
-    names = name.split("+")
-    if len(names) != len(options):
-        raise PeftFormatError(f"{name!r} is a chain of chains.")
-    pairs = zip(names, options, strict=True)
-    return [Stage(part, options[number], leaves[number]) for part, number in pairs]
-
-
-def _check_site(row: Row) -> None:
-    if row.site.axes("batch") or (row.site.axes("stack") and not row.stacked):
-        raise PeftFormatError(
-            f"{row.path!r} (roles {row.site.roles}) holds more than {row.tensor!r} can."
-        )
-    if any("conv" in use for use in row.site.uses):
-        raise PeftFormatError(f"{row.path!r} is a convolution.")
-
-
-_LORA_OPTIONS = {"rank", "alpha", "dropout", "scale", "rslora", "ranks", "alphas"}
-
-
-def _add_lora(stage: Stage, row: Row, found: _Found) -> None:
-    options = stage.options
-    if unknown := options.keys() - _LORA_OPTIONS:
-        raise PeftFormatError(f"LoRA at {row.path!r} has the options {some(unknown)}.")
-    count = len(row.modules)
-    stack = (count,) if row.stacked else (1,)
-    a, b = (np.asarray(stage.leaves[name], np.float32) for name in ("a", "b"))
-    top = a.shape[1 if row.stacked else 0]
-    a, b = a.reshape(*stack, top, -1), b.reshape(*stack, top, -1)
-    rslora = bool(options.get("rslora"))
-    ranks = options.get("ranks", [top] * count)
-    alphas = options.get("alphas", [options["alpha"]] * count)
-    for layer, module in enumerate(row.modules):
-        rank, alpha = ranks[layer], alphas[layer]
-        if a[layer, rank:].any() or b[layer, rank:].any():
-            alpha = _same_scale(rank, alpha, top, options["scale"], rslora)
-            rank = top
-        if rank:
-            if module in found.pairs:
-                raise PeftFormatError(f"{row.path!r} has more than one LoRA.")
-            pair = Pair(row, a[layer, :rank], b[layer, :rank].T, alpha, rslora, options["dropout"])
-            found.pairs[module] = pair
-
-
-def _same_scale(rank: int, alpha: float, top: int, otherwise: float, rslora: bool) -> float:
-    """The alpha at rank `top` with the scale that `alpha` gives at `rank`."""
-    size = math.sqrt if rslora else float
-    return (alpha / size(rank) if rank else otherwise) * size(top)
-
-
-def _add_full(stage: Stage, row: Row, found: _Found) -> None:
-    layers = stage.options.get("layers", range(len(row.modules)))
-    values = _torch_values(stage.leaves["value"], row)
-    for layer in layers:
-        found.full.setdefault(row.modules[layer], {})[row.attribute] = values[layer]
-
-
-def _torch_values(value: Any, row: Row) -> np.ndarray:
-    axes, shape = torch_axes(row)
-    ordered = np.asarray(value, np.float32).transpose(axes)
-    return ordered.reshape(len(row.modules), *shape)
-
-
-def _add_base(stage: Stage, row: Row, found: _Found) -> None:
-    values = _torch_values(stage.leaves["value"], row)
-    for layer in stage.options.get("layers", range(len(row.modules))):
-        found.tensors[f"{row.modules[layer]}.base_layer.weight"] = values[layer]
-
-
-def _add_lora_bias(stage: Stage, row: Row, found: _Found) -> None:
-    values = _torch_values(stage.leaves["b"], row)
-    for layer, scale in enumerate(stage.options["scales"]):
-        if scale:
-            found.lora_bias[row.modules[layer]] = values[layer], scale
-
-
-def _add_tokens(stage: Stage, row: Row, found: _Found) -> None:
-    module = row.modules[0]
-    found.tokens[module] = list(stage.options["rows"])
-    key = f"{module}.token_adapter.trainable_tokens_delta"
-    found.tensors[key] = np.asarray(stage.leaves["value"], np.float32)
-
-
-_ADD = {
-    "lora": _add_lora,
-    "full": _add_full,
-    "base": _add_base,
-    "lora_bias": _add_lora_bias,
-    "token_rows": _add_tokens,
-}
-
-
-def _config(found: _Found, table: Table) -> dict[str, Any]:
+def _config(found: Found, table: Table) -> dict[str, Any]:
     if not found.pairs:
         raise PeftFormatError("it has no LoRA, and PEFT needs at least one module with it.")
     dropouts = {pair.dropout for pair in found.pairs.values()}
@@ -310,7 +143,7 @@ def _fits_pattern(key: str, module: str) -> bool:
     return search(rf"(.*\.)?({key})$", "rank_pattern").match(module) is not None
 
 
-def _bias(found: _Found, whole: Sequence[str], table: Table) -> str:
+def _bias(found: Found, whole: Sequence[str], table: Table) -> str:
     _check_whole(found, whole, table)
     tuned = {m for m in found.full if "bias" in found.full[m]} - set(whole)
     if not tuned:
@@ -331,7 +164,7 @@ def _bias(found: _Found, whole: Sequence[str], table: Table) -> str:
     )
 
 
-def _check_whole(found: _Found, whole: Sequence[str], table: Table) -> None:
+def _check_whole(found: Found, whole: Sequence[str], table: Table) -> None:
     modules = table.modules
     for module in whole:
         if module in found.pairs:
@@ -350,20 +183,20 @@ def _check_whole(found: _Found, whole: Sequence[str], table: Table) -> None:
             )
 
 
-def _has_lora_bias(found: _Found) -> bool:
+def _has_lora_bias(found: Found) -> bool:
     without = found.pairs.keys() - found.lora_bias.keys()
     if found.lora_bias and (without or found.lora_bias.keys() - found.pairs.keys()):
         raise PeftFormatError(f"lora_bias is on some modules with LoRA, not on {some(without)}.")
     return bool(found.lora_bias)
 
 
-def _tied(found: _Found, table: Table) -> str:
+def _tied(found: Found, table: Table) -> str:
     """The embedding, if it is changed and is the head too, which PEFT takes for two weights."""
     module = table.tied.modules[0] if table.tied else ""
     return module if module in found.pairs or module in found.full else ""
 
 
-def _check_config(config: Mapping[str, Any], found: _Found, table: Table) -> None:
+def _check_config(config: Mapping[str, Any], found: Found, table: Table) -> None:
     """That PEFT will choose these modules, and no others."""
     options = Options(**{f.name: config[f.name] for f in dataclasses.fields(Options)})
     for module in _modules(table):
@@ -378,7 +211,7 @@ def _check_config(config: Mapping[str, Any], found: _Found, table: Table) -> Non
             raise PeftFormatError(f"no configuration chooses {module!r} as the adapter does.")
 
 
-def _tensors(found: _Found, config: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
+def _tensors(found: Found, config: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
     tensors = dict(found.tensors)
     for module, pair in found.pairs.items():
         a_key, b_key = low_rank_keys(pair.row, module)

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.sites import Site
-from jaxpeft.core.transform import Leaves, Method
 
 
 def bottleneck(

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.sites import Site
 from jaxpeft.core.structured import dense
-from jaxpeft.core.transform import Leaves, Method
 
 
 def full(*, dtype: Any = jnp.float32) -> Method:

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 
 from jaxpeft.core.einsum import Einsum
 from jaxpeft.core.labels import Layout
+from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.sharding import inherit
 from jaxpeft.core.sites import Site
 from jaxpeft.core.structured import Sum
-from jaxpeft.core.transform import Leaves, Method
 from jaxpeft.methods.inits import kaiming_uniform
 
 Init = Callable[[jax.Array, tuple[int, ...], int, int], jax.Array]
