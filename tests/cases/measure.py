@@ -116,7 +116,6 @@ def values(case: Case, tuning: Callable[[], Any]) -> dict[str, Any]:
             "merged params": here.tuned.merge(adapter, params),
             "gradient": here.derivative(here.apply, *args),
             "merged gradient": here.derivative(here.merged, *args),
-            "remat gradient": here.derivative(jax.checkpoint(here.apply), *args),
             "mapped": mapped(both) if case.mapped else None,
         }
 

@@ -115,8 +115,11 @@ def test_these_views_can_be_said_in_labels(shape, view):
 
 
 def test_a_cut_across_merged_axes_cannot_be_said_in_labels():
-    merged = low_rank((6, 4))[0].view(View("reshape", ((24,),)))
-    assert merged.view(View("slice", ((4,), (8,), (1,)))).shape == (8,)
+    with jax.enable_x64(True):
+        weight, dense = low_rank((6, 4))
+        merged = weight.view(View("reshape", ((24,),)))
+        whole = merged.view(View("slice", ((4,), (8,), (1,))))
+        np.testing.assert_allclose(whole.materialize(), dense.reshape(24)[4:12])
     assert merged.view(View("slice", ((3,), (8,), (1,)))) is None
     assert merged.view(View("slice", ((0,), (12,), (2,)))) is None
 
