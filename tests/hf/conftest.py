@@ -1,7 +1,9 @@
 """Fixtures for the tests of adapter files: tiny torch models as oracles, with peft on top."""
 
 import copy
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import peft
@@ -67,6 +69,14 @@ def tune(torch_model, **options):
     tuned = peft.get_peft_model(torch_model, peft.LoraConfig(**options))
     randomize(tuned)
     return tuned
+
+
+plain = functools.cache(lambda model: jax.jit(model.apply))
+
+
+def merged_logits(model, tuned, adapter, params, tokens):
+    """Logits of the plain model with merged weights."""
+    return plain(model)(tuned.merge(adapter, params), tokens)
 
 
 def check(actual, expected, rtol=1e-4):

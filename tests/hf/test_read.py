@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jaxpeft.hf import load_adapter
-from tests.hf.conftest import PEFT_WARNINGS, check, torch_logits, tune
+from tests.hf.conftest import PEFT_WARNINGS, check, merged_logits, torch_logits, tune
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Options of peft, and the base model where it is not a plain llama.
@@ -90,7 +90,7 @@ def test_logits_merged_weights_and_sites(base, tokens, tmp_path, name):
     tuned, adapter = load_adapter(tmp_path, model)
     expected = torch_logits(torch_model, tokens)
     check(tuned.apply(adapter, params, tokens), expected)
-    check(model.apply(tuned.merge(adapter, params), tokens), expected)
+    check(merged_logits(model, tuned, adapter, params, tokens), expected)
     assert (
         np.abs(expected - torch_logits(base(CONFIGS[name].get("base", "llama"))[0], tokens)).max()
         > 0.05
