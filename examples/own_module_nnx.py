@@ -6,7 +6,7 @@ projections, full training of the norms' scales. The optax step is written out b
 the adapter the model still counts up, as its weights have not changed.
 
     python examples/own_module_nnx.py            # 35 s of CPU time
-    python examples/own_module_nnx.py --small    # fewer steps, as in the tests: most of it compiles
+    python examples/own_module_nnx.py --small    # fewer steps, as in the tests: mostly compiling
 
 Expect 100.0% of the next numbers right counting up and 0.1% counting down before, 100.0% counting
 down after, with an adapter of 10,912 parameters on a base of 34,048.
