@@ -40,10 +40,15 @@ def load_tokenizer(path: Path) -> Any:
     """The tokenizer that lies beside a model.
 
     Raises:
-        FileNotFoundError: a directory has none.
+        FileNotFoundError: a directory holds no tokenizer, or no model.
     """
     from jaxpeft import models
 
+    if path.is_dir() and not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
+        raise FileNotFoundError(
+            f"{path} holds no model: neither config.json nor a .gguf file. Give the directory of a "
+            "Hugging Face model, or a .gguf file."
+        )
     files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     if (path / "config.json").is_file() and not any((path / file).is_file() for file in files):
         raise FileNotFoundError(

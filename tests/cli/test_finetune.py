@@ -1,0 +1,162 @@
+"""`jaxpeft finetune` and `jaxpeft merge`, against transformers and peft."""
+
+import json
+import shutil
+
+import numpy as np
+import peft
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+import yaml
+
+from jaxpeft.cli.options import IN_FILES
+from jaxpeft.train import read_metrics
+from tests.cli.conftest import SHORT
+
+PROMPT = torch.tensor([[5, 9, 60, 71, 33, 8]])
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(PROMPT).logits.numpy()
+
+
+def tuned_by_peft(tiny_model, run):
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    return peft.PeftModel.from_pretrained(base, run).eval()
+
+
+def test_a_run_leaves_all_its_files(run):
+    names = {path.name for path in run.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "metrics.jsonl"} <= names
+    assert (run / "loss.png").read_bytes()[1:4] == b"PNG"
+    rows = read_metrics(run / "metrics.jsonl")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 4 and losses[-1] < 0.8 * losses[0]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [4]
+
+
+def test_resume_gives_the_same_bits(jaxpeft, run, tiny_model, data, tmp_path):
+    again = tmp_path / "again"
+    (again / "checkpoints").mkdir(parents=True)
+    shutil.copytree(run / "checkpoints" / "2", again / "checkpoints" / "2")
+    shutil.copy(run / "metrics.jsonl", again)
+    config = ("--config", run / "options.yaml", "--output", again, "--resume")
+    result = jaxpeft("finetune", tiny_model, data, *config)
+    assert result.code == 0, result.err
+    first, second = (
+        safetensors.numpy.load_file(folder / "adapter_model.safetensors") for folder in (run, again)
+    )
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name])
+    untrained = [name for name in first if "lora_B" in name and not first[name].any()]
+    assert not untrained
+    metrics = (read_metrics(folder / "metrics.jsonl") for folder in (run, again))
+    first, second = ([row.get("loss") for row in rows] for rows in metrics)
+    assert first == second
+
+
+def test_resume_refuses_another_run(jaxpeft, run, tiny_model, data):
+    config = ("--config", run / "options.yaml", "--resume", "--rank", "3")
+    result = jaxpeft("finetune", tiny_model, data, *config)
+    assert result.code == 2 and "rank: saved 2, now 3" in result.err
+
+
+def test_a_yaml_file_gives_options_and_typed_ones_win(jaxpeft, tiny_model, data, tmp_path):
+    path, output = tmp_path / "run.yaml", tmp_path / "out"
+    path.write_text("rank: 3\nlearning-rate: 2e-2\nsteps: 1\ntargets: '**/{q,v}_proj/kernel'\n")
+    typed = ("--rank", "2", "--output", output, "--config", path, "--alpha", "5")
+    result = jaxpeft("finetune", tiny_model, data, *typed)
+    assert result.code == 0, result.err
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (2, 5)
+    tensors = safetensors.numpy.load_file(output / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in tensors} == {"q_proj", "v_proj"}
+    saved = yaml.safe_load((output / "options.yaml").read_text())
+    assert saved.keys() == set(IN_FILES)
+    assert (saved["rank"], saved["learning_rate"], saved["steps"]) == (2, 0.02, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rnak: 3", "unknown options rnak. There are: output, rank, alpha"),
+        ("resume: true", "unknown options resume"),
+        ("rank: [1, 2]", "rank is a list"),
+        ("- rank", "holds a list"),
+        ("rank: {", "no YAML"),
+        ("rank: many", "Error parsing --rank"),
+    ],
+)
+def test_a_bad_yaml_file(jaxpeft, data, tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    result = jaxpeft("finetune", "model", data, "--config", path)
+    assert result.code == 2 and message in result.err and "Traceback" not in result.err
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_merge_equals_the_adapter_in_transformers(jaxpeft, run, tiny_model, tmp_path):
+    output = tmp_path / "merged"
+    assert jaxpeft("merge", tiny_model, run, output).code == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(output).eval()
+    expected = logits(tuned_by_peft(tiny_model, run))
+    np.testing.assert_allclose(logits(merged), expected, rtol=1e-4, atol=1e-5)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    assert np.abs(logits(base) - expected).max() > 1e-2
+    one, other = (transformers.AutoTokenizer.from_pretrained(d) for d in (output, tiny_model))
+    assert one("a bold film").input_ids == other("a bold film").input_ids
+
+
+def test_merge_says_what_rounding_costs(jaxpeft, run, tiny_model, tmp_path):
+    exact, rounded = tmp_path / "exact", tmp_path / "rounded"
+    assert jaxpeft("merge", tiny_model, run, exact).code == 0
+    result = jaxpeft("merge", tiny_model, run, rounded, "--dtype", "bfloat16")
+    models = [transformers.AutoModelForCausalLM.from_pretrained(d) for d in (exact, rounded)]
+    weights = [
+        {k: v.float().numpy() for k, v in m.state_dict().items() if "_proj" in k} for m in models
+    ]
+    expected = max(np.max(np.abs(weights[1][k] / weights[0][k] - 1)) for k in weights[0])
+    said = float(result.out.split("by at most ")[1].split(" ")[0])
+    assert said == pytest.approx(expected, rel=0.05)
+    assert 2**-10 < said <= 2**-8
+
+
+def test_merge_keeps_what_is_there(jaxpeft, run, tiny_model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    result = jaxpeft("merge", tiny_model, run, tmp_path)
+    assert result.code == 2 and "is not empty" in result.err and "--force" in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert jaxpeft("merge", tiny_model, run, tmp_path, "--force").code == 0
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    result = jaxpeft("merge", tiny_model, run, tiny_model, "--force")
+    assert result.code == 2 and "where the model itself is" in result.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rank", "0"), "--rank 0 is out of range. Use 1 or more."),
+        (("--dropout", "1"), "--dropout 1.0 is out of range"),
+        (("--batch-size", "6", "--accumulate", "4"), "multiple"),
+        (("--schedule", "step"), "Expected one of ('constant', 'linear', 'cosine')"),
+        (("--learning-rate", "fast"), "Error parsing --learning-rate"),
+        (("--eval-fraction", "0.01"), "--eval-fraction 0.01 of 12 records is 0"),
+        (("--eval-fraction", "0.5", "--eval-data", "x.jsonl"), "Use one of them"),
+        (("--targets", "**/qproj/**"), "layers/self_attn/q_proj/kernel"),
+        (("--resume",), "holds no checkpoint"),
+        (("--config", "nowhere.yaml"), "there is no file 'nowhere.yaml'"),
+    ],
+)
+def test_a_bad_value_says_what_is_allowed(jaxpeft, tiny_model, data, tmp_path, options, message):
+    result = jaxpeft("finetune", tiny_model, data, "--output", tmp_path / "out", *options)
+    assert result.code == 2 and message in result.err and "Traceback" not in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_run_is_not_overwritten(jaxpeft, run, tiny_model, data):
+    result = jaxpeft("finetune", tiny_model, data, "--output", run, *SHORT)
+    assert result.code == 2 and "checkpoint of step 4" in result.err and "--resume" in result.err
