@@ -125,15 +125,18 @@ def call(
     kwargs: Any,
     report: Report,
     taps: dict[str, Tap] | None = None,
+    frozen: Any = None,
 ) -> Any:
     """`f(params, *args, **kwargs)` where some leaves of `params` are structured weights.
 
-    `taps` are methods by the name of the call boundary that they work at. Outside of any trace the
-    evaluation is compiled, and the program is kept for the next call.
+    `taps` are methods by the name of the call boundary that they work at. A weight that the call
+    hands back as it came is given as it stands in `frozen`, a tree like `params`. Outside of any
+    trace the evaluation is compiled, and the program is kept for the next call.
     """
     weights, outer = frame(params)
     inputs, inner = frame((args, kwargs))
-    static, arrays = (f, outer, inner, report), (weights, inputs, taps or {})
+    before = weights if frozen is None else frame(frozen)[0]
+    static, arrays = (f, outer, inner, report), (weights, inputs, taps or {}, before)
     return (_compiled if _is_eager(arrays, static) else _interpreted)(*static, *arrays)
 
 
@@ -153,13 +156,16 @@ def _interpreted(
     weights: Values,
     inputs: Values,
     taps: dict[str, Tap],
+    before: Values,
 ) -> Any:
     jaxpr, consts, out_tree = trace(f, outer, inner, weights, inputs)
     reached: set[str] = set()
     outs = evaluate(jaxpr, consts, [*weights, *inputs], Scope(report, taps, reached))
     _check_reached(set(taps) - reached)
-    dense = [v.materialize() if isinstance(v, Structured) else v for v in outs]
-    return jax.tree.unflatten(out_tree, dense)
+    handed_back = {id(weight): i for i, weight in enumerate(weights)}
+    outs = [before[handed_back[id(v)]] if id(v) in handed_back else v for v in outs]
+    outs = [v.materialize() if isinstance(v, Structured) else v for v in outs]
+    return jax.tree.unflatten(out_tree, outs)
 
 
 def _check_reached(missing: set[str]) -> None:
@@ -285,7 +291,8 @@ def _touched(eqn: Any, values: Values, scope: Scope) -> Values:
     elif name in _LEAFWISE:
         outs = _LEAFWISE[name](values)
     else:
-        outs = _at_weight(eqn, values, scope)
+        weights = any(isinstance(value, Structured) for value in values)
+        outs = _at_weight(eqn, values, scope) if weights else None
     if outs is None:
         _check_open(eqn, scope)
         return run(eqn, [_dense(eqn, value, scope) for value in values])

@@ -131,7 +131,7 @@ class Tuned:
         weights = self._weights(chosen, adapter, params, dropout_key)
         taps = self._taps(chosen, adapter, dropout_key)
         report = lifting.refuse if self.strict else lifting.warn
-        return lifting.call(self.fn, weights, inputs, kwargs, report, taps)
+        return lifting.call(self.fn, weights, inputs, kwargs, report, taps, params)
 
     def merge(self, adapter: Adapter, params: Any) -> Any:
         """Plain params for the plain model, with the adapter baked in.

@@ -17,12 +17,17 @@ def linen_function(module: linen.Module, *, tapped: bool = False) -> Callable[..
     "layers/attn:in" and "layers/attn:out"; the module's own are ":in" and ":out".
     """
 
-    def call(variables: Any, *inputs: Any, **kwargs: Any) -> Any:
-        return module.apply(variables, *inputs, **kwargs)
+    def call(variables: Any, *inputs: Any, mutable: Any = False, **kwargs: Any) -> Any:
+        out = module.apply(variables, *inputs, mutable=mutable, **kwargs)
+        if mutable is False:
+            return out
+        # Parameters are frozen: they come back as they were given, not as the adapter has them.
+        out, state = out
+        return out, {name: variables[name] if name == "params" else state[name] for name in state}
 
     def call_marked(variables: Any, *inputs: Any, **kwargs: Any) -> Any:
         with linen.intercept_methods(_marked_call):
-            return module.apply(variables, *inputs, **kwargs)
+            return call(variables, *inputs, **kwargs)
 
     return call_marked if tapped else call
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,12 @@ def nnx_function(module: nnx.Module, *, tapped: bool = False) -> Callable[..., A
     filter) asks for `(outputs, state)` with the state as the call left it. With `tapped`, the
     input and the output of every submodule's call are marked by its path.
     """
-    graphdef = nnx.graphdef(module)
+    return _function_of(nnx.graphdef(module), tapped)
+
+
+@functools.lru_cache(maxsize=128)
+def _function_of(graphdef: Any, tapped: bool) -> Callable[..., Any]:
+    """One function a graph, so that a program compiled for it is found again."""
 
     def call(
         state: Any, *inputs: Any, method: Any = None, mutable: Any = False, **kwargs: Any
@@ -37,6 +43,8 @@ def nnx_function(module: nnx.Module, *, tapped: bool = False) -> Callable[..., A
         out = run(*inputs, **kwargs)
         if mutable is False:
             return out
+        # Parameters are frozen: they come back as they were given, not as the adapter has them.
+        nnx.update(live, nnx.filter_state(state, nnx.Param))
         return out, nnx.state(live, ... if mutable is True else mutable)
 
     return call
@@ -77,8 +85,10 @@ class Attached(nnx.Module):
         return jax.tree.unflatten(self.structure, [leaf[...] for leaf in leaves])
 
     def __call__(self, *inputs: Any, dropout_key: Any = None, **kwargs: Any) -> Any:
+        # The graph as it is now: `train()` and `eval()` change it.
+        fn = nnx_function(self.base, tapped=at_boundaries(self.tuned.tuning))
         state = nnx.state(self.base)
-        out, state = self.tuned.apply(
+        out, state = dataclasses.replace(self.tuned, fn=fn).apply(
             self.adapter, state, *inputs, dropout_key=dropout_key, mutable=_MUTABLE, **kwargs
         )
         nnx.update(self.base, state)
