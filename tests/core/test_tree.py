@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import jaxpeft as jp
 from jaxpeft.core.tree import HOLE, Hole, leaves_with_paths, path_of
+from tests.cases.hlo import made as made_by
 
 leaves = st.integers(0, 9) | st.none()
 trees = st.recursive(
@@ -102,15 +103,22 @@ def test_a_mask_keeps_the_optimizer_and_the_step_off_frozen_leaves():
     shapes = {leaf.shape for leaf in jax.tree.leaves(state)}
     assert shapes == {(), (11, 2), (2, 13)}
 
-    def step(params, state, x):
+    def step(params, state, x, freeze):
         def loss(params):
-            tree = jp.combine(*jp.partition(params, "lora/**"))
-            y = x @ jax.lax.stop_gradient(tree["w"]) + x @ tree["lora"]["a"] @ tree["lora"]["b"]
+            tree = {**params, "w": freeze(params["w"])}
+            y = x @ tree["w"] + x @ tree["lora"]["a"] @ tree["lora"]["b"]
             return jnp.sum(jnp.sin(y))
 
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
 
-    after, _ = jax.jit(step)(params, state, x)
+    def products(freeze):
+        """Matrix products of the weight's size in the compiled step."""
+        compiled = jax.jit(step, static_argnums=3).lower(params, state, x, freeze).compile()
+        return {made for made in made_by(compiled.as_text(), [11 * 13]) if made.startswith("dot")}
+
+    assert products(jax.lax.stop_gradient) == set()
+    assert products(lambda w: w) == {"dot f32[11,13]"}
+    after, _ = step(params, state, x, jax.lax.stop_gradient)
     np.testing.assert_array_equal(after["w"], params["w"])
     assert not np.allclose(after["lora"]["b"], params["lora"]["b"])
