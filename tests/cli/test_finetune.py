@@ -11,6 +11,8 @@ import torch
 import transformers
 import yaml
 
+from jaxpeft import train
+from jaxpeft.cli import main
 from jaxpeft.cli.options import IN_FILES
 from jaxpeft.train import read_metrics
 from tests.cli.conftest import SHORT
@@ -98,22 +100,26 @@ def test_a_bad_yaml_file(jaxpeft, data, tmp_path, text, message):
     assert result.code == 2 and message in result.err and "Traceback" not in result.err
 
 
+@pytest.fixture(scope="module")
+def merged_run(run, tiny_model, tmp_path_factory):
+    output = tmp_path_factory.mktemp("cli-merged") / "merged"
+    assert main(["merge", str(tiny_model), str(run), str(output)]) == 0
+    return output
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_merge_equals_the_adapter_in_transformers(jaxpeft, run, tiny_model, tmp_path):
-    output = tmp_path / "merged"
-    assert jaxpeft("merge", tiny_model, run, output).code == 0
-    merged = transformers.AutoModelForCausalLM.from_pretrained(output).eval()
+def test_merge_equals_the_adapter_in_transformers(merged_run, run, tiny_model):
+    merged = transformers.AutoModelForCausalLM.from_pretrained(merged_run).eval()
     expected = logits(tuned_by_peft(tiny_model, run))
     np.testing.assert_allclose(logits(merged), expected, rtol=1e-4, atol=1e-5)
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     assert np.abs(logits(base) - expected).max() > 1e-2
-    one, other = (transformers.AutoTokenizer.from_pretrained(d) for d in (output, tiny_model))
+    one, other = (transformers.AutoTokenizer.from_pretrained(d) for d in (merged_run, tiny_model))
     assert one("a bold film").input_ids == other("a bold film").input_ids
 
 
-def test_merge_says_what_rounding_costs(jaxpeft, run, tiny_model, tmp_path):
-    exact, rounded = tmp_path / "exact", tmp_path / "rounded"
-    assert jaxpeft("merge", tiny_model, run, exact).code == 0
+def test_merge_says_what_rounding_costs(jaxpeft, merged_run, run, tiny_model, tmp_path):
+    exact, rounded = merged_run, tmp_path / "rounded"
     result = jaxpeft("merge", tiny_model, run, rounded, "--dtype", "bfloat16")
     models = [transformers.AutoModelForCausalLM.from_pretrained(d) for d in (exact, rounded)]
     weights = [
@@ -155,6 +161,13 @@ def test_a_bad_value_says_what_is_allowed(jaxpeft, tiny_model, data, tmp_path, o
     result = jaxpeft("finetune", tiny_model, data, "--output", tmp_path / "out", *options)
     assert result.code == 2 and message in result.err and "Traceback" not in result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stopped_run_says_how_to_go_on(jaxpeft, tiny_model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "fit", lambda step, state, *args, **options: state)
+    result = jaxpeft("finetune", tiny_model, data, "--output", tmp_path / "out", *SHORT)
+    assert result.code == 130 and "Stopped at step 0 of 4" in result.err
+    assert "--resume" in result.err and not (tmp_path / "out").exists()
 
 
 def test_a_finished_run_is_not_overwritten(jaxpeft, run, tiny_model, data):

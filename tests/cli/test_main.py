@@ -1,10 +1,7 @@
 """The demo, inspect, help texts and errors."""
 
 import inspect
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -148,11 +145,3 @@ def test_a_name_of_a_fetchable_model(tmp_path, monkeypatch):
     (tmp_path / "smollm2-135m-instruct").mkdir()
     monkeypatch.chdir(tmp_path)
     assert common.locate("smollm2-135m-instruct") == Path("smollm2-135m-instruct")
-
-
-def test_runs_as_a_module():
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    args = [sys.executable, "-m", "jaxpeft.cli", "inspect", "nowhere"]
-    done = subprocess.run(args, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 2 and "there is no model" in done.stderr
-    assert "Traceback" not in done.stderr
