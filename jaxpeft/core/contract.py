@@ -49,7 +49,7 @@ def product(
 ) -> Array:
     """`scale * einsum(first, *rest -> wanted)`, in turn, the smallest result first."""
     numerics = numerics or Numerics(jnp.result_type(first.array, *(f.array for f in rest)))
-    now = Labelled(first.array.astype(numerics.dtype), first.labels)
+    now = Labelled(_cast(first.array, numerics.dtype), first.labels)
     left = list(rest)
     while left:
         needed = [_needed(left, i, wanted) for i in range(len(left))]
@@ -57,8 +57,8 @@ def product(
         best = min(range(len(left)), key=lambda i: results[i])
         now = _join(now, left.pop(best), needed[best], numerics)
         if scale != 1.0:
-            now, scale = now._replace(array=now.array * jnp.asarray(scale, now.array.dtype)), 1.0
-    array = now.array if scale == 1.0 else now.array * jnp.asarray(scale, now.array.dtype)
+            now, scale = now._replace(array=now.array * scale), 1.0
+    array = now.array if scale == 1.0 else now.array * scale
     return _arrange(Labelled(array, now.labels), wanted, size)
 
 
@@ -78,7 +78,7 @@ def _result_size(
 
 def _join(x: Labelled, f: Labelled, keep: set[int], numerics: Numerics) -> Labelled:
     """The product of two operands, summed over the labels that nothing needs any more."""
-    f = Labelled(f.array.astype(numerics.dtype), f.labels)
+    f = Labelled(_cast(f.array, numerics.dtype), f.labels)
     x, f = _sum_out(x, keep | set(f.labels)), _sum_out(f, keep | set(x.labels))
     shared = [label for label in x.labels if label in f.labels]
     contracted = [label for label in shared if label not in keep]
@@ -95,7 +95,7 @@ def _join(x: Labelled, f: Labelled, keep: set[int], numerics: Numerics) -> Label
     gone = set(shared)
     free = [label for operand in (x, f) for label in operand.labels if label not in gone]
     array = lax.dot_general(
-        x.array.astype(numerics.dtype),
+        _cast(x.array, numerics.dtype),
         f.array,
         (dims[0], dims[1]),
         precision=numerics.precision,
@@ -188,7 +188,11 @@ def dot_general(weight: Einsum, op: Contraction) -> Array:
         _compute_dtype(x.array, op), op.params["precision"], op.params["preferred_element_type"]
     )
     y = product(x, _factors(weight), wanted, layout.size, weight.scale, numerics)
-    return _resize(y, op.out.shape).astype(op.out.dtype)
+    return _cast(_resize(y, op.out.shape), op.out.dtype)
+
+
+def _cast(x: Array, dtype: Any) -> Array:
+    return x if x.dtype == dtype else lax.convert_element_type(x, dtype)
 
 
 def _resize(x: Array, shape: Sequence[int]) -> Array:

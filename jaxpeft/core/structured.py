@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
 from jaxpeft.core.labels import View
@@ -127,7 +128,9 @@ class Sum(Structured):
         known = [term for term in terms if term is not None]
         if len(known) < len(terms):
             return None
-        return functools.reduce(lambda y, term: y + like(term.astype(y.dtype), y), known)
+        return functools.reduce(
+            lambda y, term: lax.add(y, like(lax.convert_element_type(term, y.dtype), y)), known
+        )
 
     def unstack(self) -> tuple[Any, Callable[[Any], Structured]] | None:
         halves = [unstack(part) for part in self.parts]
