@@ -149,12 +149,12 @@ def unmatched(where: Where, paths: Sequence[str], what: str = "leaves") -> str:
 
 def nearest(where: str, paths: Sequence[str], count: int = 3) -> list[str]:
     """The paths most like a pattern, read without its wildcards."""
-    plain = re.sub(r"[*?{}]+", "", where).strip("/")
-    score = {path: difflib.SequenceMatcher(None, plain, path).ratio() for path in paths}
-    for path in paths:
-        tail = max(
-            (difflib.SequenceMatcher(None, plain, key).ratio() for key in path.split("/")),
-            default=0,
-        )
-        score[path] = max(score[path], tail)
-    return sorted(paths, key=lambda path: -score[path])[:count]
+    plain = re.sub(r"/+", "/", re.sub(r"[*?{}]+", "", where)).strip("/")
+    levels = plain.count("/") + 1
+
+    def likeness(path: str) -> float:
+        keys = path.split("/")
+        ends = ("/".join(keys[i : i + levels]) for i in range(max(len(keys) - levels, 0) + 1))
+        return max(difflib.SequenceMatcher(None, plain, end).ratio() for end in ends)
+
+    return sorted(paths, key=lambda path: -likeness(path))[:count]

@@ -99,6 +99,7 @@ class Tuned:
         Raises:
             ValueError: if a rule fits nothing or a method cannot work at its site.
         """
+        key = typed_key(key)
         sites = self.sites(params, *inputs, **kwargs)
         chosen = resolve(self.tuning, sites, self.head)
         weights = dict(leaves_with_paths(params)[0])
@@ -217,6 +218,11 @@ def named(weight: Any, path: str) -> Any:
 
 
 def typed_key(key: Any) -> Array:
+    if not hasattr(key, "dtype"):
+        raise TypeError(
+            f"expected a PRNG key such as jax.random.key(0), got {type(key).__name__}. "
+            "The call is tuned.init(key, params, *inputs)."
+        )
     is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     return key if is_typed else jax.random.wrap_key_data(key)
 

@@ -18,7 +18,7 @@ from jaxpeft.core.sites import Site
 def bottleneck(
     width: int,
     *,
-    activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
+    activation: str | Callable[[jax.Array], jax.Array] = "relu",
     dropout: float = 0.0,
     dtype: Any = jnp.float32,
 ) -> Method:
@@ -31,15 +31,17 @@ def bottleneck(
 
     Args:
         width: of the bottleneck, `m`; AdapterHub's reduction factor is `d / m`.
-        activation: `f`.
+        activation: `f`, a function or the name of one in `jax.nn`. Files keep the name, so an
+            adapter with a function of your own is loaded with `tuning=`.
         dropout: share of `h` that the network does not see, when a key is given.
         dtype: of the leaves; products are computed in the dtype of `h`.
 
     Returns:
-        A method. As a bare tuning it goes to the output of every module, so name the modules.
+        A method. As a bare tuning it goes to the output of every module inside the model, which
+        is seldom meant: name the modules by rules.
 
     Raises:
-        ValueError: if `width` or `dropout` is out of range.
+        ValueError: if `width` or `dropout` is out of range, or `activation` is no function's name.
 
     Example:
         >>> import jaxpeft as jp
@@ -52,6 +54,8 @@ def bottleneck(
         raise ValueError(f"width={width!r} is not a width. Use a positive int: bottleneck(48).")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout={dropout} is not a share. Use 0 <= dropout < 1.")
+
+    f, name = _named(activation)
 
     def start(key: jax.Array, site: Site, weight: Any) -> Leaves:
         del weight
@@ -73,7 +77,7 @@ def bottleneck(
         if key is not None and dropout:
             keep = jax.random.bernoulli(key, 1.0 - dropout, h.shape)
             seen = jnp.where(keep, h / (1.0 - dropout), 0.0)
-        return h + activation(seen @ down.T + down_bias) @ up + up_bias
+        return h + f(seen @ down.T + down_bias) @ up + up_bias
 
     def fits(site: Site) -> bool:
         return site.boundary
@@ -83,7 +87,19 @@ def bottleneck(
         start,
         None,
         fits,
-        lambda site: site.path.endswith(":out"),
-        {"width": width, "dropout": dropout},
+        lambda site: site.boundary and site.path.endswith(":out") and site.path != ":out",
+        {"width": width, "activation": name, "dropout": dropout},
         call=call,
     )
+
+
+def _named(activation: str | Callable[[jax.Array], jax.Array]) -> tuple[Callable[..., Any], str]:
+    """The function, and its name: that in `jax.nn` where it is one of those."""
+    if isinstance(activation, str):
+        if not callable(getattr(jax.nn, activation, None)):
+            raise ValueError(f"activation={activation!r} is not in jax.nn. Use 'relu', 'gelu', ...")
+        return getattr(jax.nn, activation), activation
+    name = getattr(activation, "__name__", repr(activation))
+    if getattr(jax.nn, name, None) is activation:
+        return activation, name
+    return activation, f"{getattr(activation, '__module__', '?')}.{name}"

