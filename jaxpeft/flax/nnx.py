@@ -23,12 +23,32 @@ def nnx_function(module: nnx.Module, *, tapped: bool = False) -> Callable[..., A
     filter) asks for `(outputs, state)` with the state as the call left it. With `tapped`, the
     input and the output of every submodule's call are marked by its path.
     """
-    return _function_of(nnx.graphdef(module), tapped)
+    return _function_of(_Graph(nnx.graphdef(module)), tapped)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Graph:
+    """A graph as a key. Its modules may hold values without a hash: configs, most of all."""
+
+    graphdef: Any
+
+    def __hash__(self) -> int:
+        try:
+            return hash(self.graphdef)
+        except TypeError:
+            return len(self.graphdef.nodes)
+
+    def __eq__(self, other: object) -> bool:
+        try:
+            return isinstance(other, _Graph) and bool(self.graphdef == other.graphdef)
+        except ValueError:  # Arrays in a config, which have no one answer: another graph.
+            return False
 
 
 @functools.lru_cache(maxsize=128)
-def _function_of(graphdef: Any, tapped: bool) -> Callable[..., Any]:
+def _function_of(graph: _Graph, tapped: bool) -> Callable[..., Any]:
     """One function a graph, so that a program compiled for it is found again."""
+    graphdef = graph.graphdef
 
     def call(
         state: Any, *inputs: Any, method: Any = None, mutable: Any = False, **kwargs: Any

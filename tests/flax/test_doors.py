@@ -1,5 +1,7 @@
 """The doors for linen, nnx and functions: same call, same outputs, and nothing written."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -142,6 +144,34 @@ def test_nnx_models_may_be_abstract():
     assert sorted(adapter) == ["hidden/kernel", "out/kernel"]
     state = live()[1]
     close(tuned.apply(adapter, state, X), tuned.fn(state, X))
+
+
+@dataclasses.dataclass
+class Config:
+    """Compared by its values, and so without a hash: what most published models are made from."""
+
+    scale: float
+    table: np.ndarray | None = None
+
+
+class Configured(nnx.Module):
+    def __init__(self, config: Config):
+        self.config = config
+        self.linear = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.config.scale * self.linear(x)
+
+
+@pytest.mark.parametrize("table", [None, np.arange(3)])
+def test_nnx_modules_may_hold_values_without_a_hash(table):
+    x = jnp.ones((2, 4))
+    for scale in (1.0, 2.0):
+        model = Configured(Config(scale, table))
+        tuned = jp.transform(model, jp.lora(2))
+        adapter = tuned.init(jax.random.key(0), nnx.state(model), x)
+        got = tuned.apply(adapter, nnx.state(model), x)
+        np.testing.assert_allclose(got, scale * model.linear(x), rtol=1e-6)
 
 
 def test_a_function_is_a_model():
