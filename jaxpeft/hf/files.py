@@ -38,7 +38,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
+    # safetensors makes files that their owner alone can read; these are like any other.
+    path.touch()
+    mode = path.stat().st_mode
     save_file(arrays, path, metadata=dict(metadata))
+    path.chmod(mode)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -144,7 +144,11 @@ def _write(path: Path, shard: list[Piece], leaves: dict[str, np.ndarray]) -> Non
         leaf = leaves[name.path]
         values = np.asarray(leaf[layer] if name.stacked else leaf)
         tensors[tensor] = np.ascontiguousarray(values.T if name.transposed else values)
+    # safetensors makes files that their owner alone can read; these are like any other.
+    path.touch()
+    mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def _save_tokenizer(directory: Path, source: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 import jaxpeft as jp
 from jaxpeft.hf import load, load_adapter, save
+from jaxpeft.hf.files import write_tensors
 from jaxpeft.hf.native import factories
 from tests.hf.conftest import PEFT_WARNINGS, check
 from tests.hf.test_read import written
@@ -234,3 +235,10 @@ def test_layers_that_are_left_alone_stay_so_in_training(base, tokens, tmp_path):
     for name in ("a", "b"):
         assert not grads[name][1].any() and not grads[name][0, 3:].any()
         assert grads[name][0, :3].any() and grads[name][2].any()
+
+
+def test_files_are_readable_by_whoever_may_read_other_files(tmp_path):
+    path = tmp_path / "tensors.safetensors"
+    write_tensors(path, {"a": np.ones(2, np.float32)}, {})
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
