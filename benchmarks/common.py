@@ -38,8 +38,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def serve(step: Callable[[], Any], report: dict[str, Any]) -> None:
-    """A worker's loop: a step for each line read, its seconds written back; at the end `report`."""
+def serve(step: Callable[[], Any], report: Callable[[], dict[str, Any]]) -> None:
+    """A worker's loop: a step for each line read, its seconds written back; then `report()`."""
     for line in sys.stdin:
         if line.strip() == "end":
             break
@@ -48,7 +48,7 @@ def serve(step: Callable[[], Any], report: dict[str, Any]) -> None:
         seconds = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
         print(json.dumps(seconds), flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    print(json.dumps({**report, "peak_rss_mib": round(peak)}), flush=True)
+    print(json.dumps({**report(), "peak_rss_mib": round(peak)}), flush=True)
 
 
 class Worker:

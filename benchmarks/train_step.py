@@ -5,7 +5,8 @@
 
 Rank 16 on all linear maps of the layers, AdamW, full cross-entropy, random weights. Contenders run
 in processes of their own and take turns. `floor` is the same model's forward pass and backward pass
-to the activations, without an adapter; `torch_compiled` may be added with --contenders.
+to the activations, without an adapter. `matmul` is the rate of one large product, of which
+`share_of_matmul` is what a step's products reach. On a GPU add `torch_compiled` to --contenders.
 """
 
 import argparse
@@ -89,7 +90,7 @@ def jaxpeft_worker(shape: dict[str, Any]) -> None:
         state[0], state[1], value = compiled(state[0], state[1], params, tokens)
         value.block_until_ready()
 
-    serve(once, _jax_report(compiled, adapter))
+    serve(once, lambda: _jax_report(compiled, adapter))
 
 
 def floor_worker(shape: dict[str, Any]) -> None:
@@ -111,14 +112,40 @@ def floor_worker(shape: dict[str, Any]) -> None:
         return jax.value_and_grad(loss)(rows)
 
     compiled = jax.jit(step).lower(rows, rest, tokens).compile()
-    serve(lambda: jax.block_until_ready(compiled(rows, rest, tokens)), _jax_report(compiled))
+    serve(
+        lambda: jax.block_until_ready(compiled(rows, rest, tokens)), lambda: _jax_report(compiled)
+    )
+
+
+def matmul_worker(shape: dict[str, Any]) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    size = 8192 if jax.default_backend() != "cpu" else 2048
+    a = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(shape["dtype"]))
+    product = jax.jit(jnp.matmul).lower(a, a).compile()
+    serve(lambda: product(a, a).block_until_ready(), lambda: {"flops": 2 * size**3})
+
+
+def products(shape: dict[str, Any]) -> int:
+    """Operations of a step's products: weights forward and to the activations, the adapter also to
+    its own leaves. Attention's own products are left out, so the share is from below."""
+    config, batch, length, _ = _split(shape)
+    d, f, layers = (config[n] for n in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    kv = d // config["num_attention_heads"] * config["num_key_value_heads"]
+    maps = [(d, d), (d, kv), (d, kv), (d, d), (d, f), (d, f), (f, d)]
+    weights = layers * sum(i * o for i, o in maps) + d * config["vocab_size"]
+    adapter = layers * sum(RANK * (i + o) for i, o in maps)
+    return batch * length * (4 * weights + 6 * adapter)
 
 
 def _jax_report(compiled: Any, adapter: Any = ()) -> dict[str, Any]:
     import jax
 
     analysis = compiled.memory_analysis()
+    stats = jax.devices()[0].memory_stats() or {}
     return {
+        "peak_device_mib": stats.get("peak_bytes_in_use", 0) // 2**20 or None,
         "device": jax.devices()[0].device_kind,
         "trainable": sum(leaf.size for leaf in jax.tree.leaves(adapter)),
         "arguments_mib": round(analysis.argument_size_in_bytes / 2**20),
@@ -151,8 +178,13 @@ def torch_worker(shape: dict[str, Any], compiled: bool = False) -> None:
         if device == "cuda":
             torch.cuda.synchronize()
 
+    def report() -> dict[str, Any]:
+        peak = torch.cuda.max_memory_allocated() // 2**20 if device == "cuda" else None
+        trainable = sum(p.numel() for p in trained)
+        return {"device": device, "trainable": trainable, "peak_device_mib": peak}
+
     once()
-    serve(once, {"device": device, "trainable": sum(p.numel() for p in trained)})
+    serve(once, report)
 
 
 WORKERS = {
@@ -160,7 +192,30 @@ WORKERS = {
     "torch": torch_worker,
     "torch_compiled": lambda shape: torch_worker(shape, compiled=True),
     "floor": floor_worker,
+    "matmul": matmul_worker,
 }
+
+
+def summary(reports: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """The ratios that the question asks for, then what each contender measured."""
+    shape = SHAPES[name]
+    seconds = {worker: report["seconds_median"] for worker, report in reports.items()}
+    result: dict[str, Any] = {
+        f"seconds_of_{worker}_over_ours": round(time / seconds["jaxpeft"], 3)
+        for worker, time in seconds.items()
+        if worker not in ("jaxpeft", "matmul")
+    }
+    for worker in set(seconds) - {"floor", "matmul"}:
+        reports[worker]["tokens_per_second"] = round(
+            shape["batch"] * shape["length"] / seconds[worker]
+        )
+    if "matmul" in reports:
+        rate = reports["matmul"].pop("flops") / seconds["matmul"]
+        reports["matmul"]["gflops"] = round(rate / 1e9)
+        for worker in set(seconds) - {"floor", "matmul"}:
+            share = products(shape) / seconds[worker] / rate
+            reports[worker]["share_of_matmul"] = round(share, 3)
+    return {**result, "reports": reports}
 
 
 def main() -> None:
@@ -168,7 +223,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="135m")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--worker", choices=WORKERS)
-    parser.add_argument("--contenders", nargs="+", default=["jaxpeft", "torch", "floor"])
+    parser.add_argument("--contenders", nargs="+", default=["jaxpeft", "torch", "floor", "matmul"])
     arguments = parser.parse_args()
     if arguments.worker:
         return WORKERS[arguments.worker](SHAPES[arguments.shape])
@@ -176,13 +231,7 @@ def main() -> None:
         Worker(__file__, name, ["--shape", arguments.shape]) for name in arguments.contenders
     ]
     reports = alternate(workers, arguments.steps)
-    ours = reports["jaxpeft"]["seconds_median"]
-    ratios = {
-        f"speed_over_{name}": round(report["seconds_median"] / ours, 3)
-        for name, report in reports.items()
-        if name != "jaxpeft"
-    }
-    result = {"shape": SHAPES[arguments.shape], "rank": RANK, **ratios, "reports": reports}
+    result = {"shape": SHAPES[arguments.shape], "rank": RANK, **summary(reports, arguments.shape)}
     print(write(f"train_step_{arguments.shape}", result).read_text())
 
 
