@@ -109,13 +109,15 @@ def _check_site(row: Row) -> None:
         raise PeftFormatError(f"{row.path!r} is a convolution.")
 
 
-_LORA_OPTIONS = {"rank", "alpha", "dropout", "scale", "rslora", "ranks", "alphas"}
+_LORA_OPTIONS = {"rank", "alpha", "dropout", "fused", "scale", "rslora", "ranks", "alphas"}
 
 
 def _add_lora(stage: Stage, row: Row, found: Found) -> None:
     options = stage.options
     if unknown := options.keys() - _LORA_OPTIONS:
         raise PeftFormatError(f"LoRA at {row.path!r} has the options {some(unknown)}.")
+    if options.get("fused"):
+        raise PeftFormatError(f"LoRA at {row.path!r} has pairs for fused={options['fused']}.")
     count = len(row.modules)
     stack = (count,) if row.stacked else (1,)
     a, b = (np.asarray(stage.leaves[name], np.float32) for name in ("a", "b"))

@@ -9,8 +9,9 @@ front: the gradient of `A` is then `h^T x`, which is several times faster than `
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ def lora(
     alpha: float | None = None,
     *,
     dropout: float = 0.0,
+    fused: Sequence[int] = (),
     init: Init = kaiming_uniform,
     dtype: Any = jnp.float32,
 ) -> Method:
@@ -45,6 +47,8 @@ def lora(
         rank: of the update; at most the smaller side of every site.
         alpha: numerator of the scale; `rank` by default, a scale of 1.
         dropout: share of the entries of `x` that the update does not see, when a key is given.
+        fused: axes of the weight along which several maps lie in one kernel, such as q, k and v;
+            each map gets an `A` and `B` of its own, of this rank.
         init: start of `A`: `kaiming_uniform`, `gaussian`, or a function of that form.
         dtype: of `A` and `B`; float32 also over a bfloat16 base.
 
@@ -67,8 +71,8 @@ def lora(
         Hu et al. 2021, arXiv:2106.09685.
     """
     scale = _checked_alpha(rank, alpha) / _checked_rank(rank)
-    options = {"rank": rank, "alpha": alpha if alpha is not None else rank, "dropout": dropout}
-    return _low_rank(rank, scale, dropout, init, dtype, options)
+    options = _options(rank, alpha, dropout, fused)
+    return _low_rank(rank, scale, dropout, tuple(fused), init, dtype, options)
 
 
 def rslora(
@@ -76,6 +80,7 @@ def rslora(
     alpha: float | None = None,
     *,
     dropout: float = 0.0,
+    fused: Sequence[int] = (),
     init: Init = kaiming_uniform,
     dtype: Any = jnp.float32,
 ) -> Method:
@@ -89,17 +94,31 @@ def rslora(
         Kalajdzievski 2023, arXiv:2312.03732.
     """
     scale = _checked_alpha(rank, alpha) / math.sqrt(_checked_rank(rank))
-    options = {"rank": rank, "alpha": alpha if alpha is not None else rank, "dropout": dropout}
-    return _low_rank(rank, scale, dropout, init, dtype, {**options, "rslora": True})
+    options = {**_options(rank, alpha, dropout, fused), "rslora": True}
+    return _low_rank(rank, scale, dropout, tuple(fused), init, dtype, options)
+
+
+def _options(
+    rank: int, alpha: float | None, dropout: float, fused: Sequence[int]
+) -> dict[str, Any]:
+    shown = rank if alpha is None else alpha
+    return {"rank": rank, "alpha": shown, "dropout": dropout, "fused": list(fused)}
 
 
 def _low_rank(
-    rank: int, scale: float, dropout: float, init: Init, dtype: Any, options: dict[str, Any]
+    rank: int,
+    scale: float,
+    dropout: float,
+    fused: tuple[int, ...],
+    init: Init,
+    dtype: Any,
+    options: dict[str, Any],
 ) -> Method:
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout={dropout} is not a share. Use 0 <= dropout < 1.")
 
     def start(key: jax.Array, site: Site, weight: Any) -> Leaves:
+        site = _unfused(site, fused)
         _check_rank(rank, site)
         a_axes, b_axes = (_with_rank(axes, site, None) for axes in _axes(site))
         a_shape, b_shape = (
@@ -113,6 +132,7 @@ def _low_rank(
         return {"a": inherit(a, weight, a_axes), "b": inherit(b, weight, b_axes)}
 
     def tuned(site: Site, leaves: Leaves, weight: Any, key: jax.Array | None) -> Sum:
+        site = _unfused(site, fused)
         rank_axis = len(site.axes("stack", "batch"))
         layout, (r,) = Layout.of(site.shape).fresh(leaves["a"].shape[rank_axis])
         a_labels, b_labels = (_with_rank(axes, site, r) for axes in _axes(site))
@@ -137,6 +157,20 @@ def _low_rank(
         bare=lambda site: site.linear and not site.table,
         options={**options, "scale": scale},
     )
+
+
+def _unfused(site: Site, fused: tuple[int, ...]) -> Site:
+    """The site with the axes of fused maps shared by `A` and `B`, like those of experts."""
+    if not fused:
+        return site
+    wrong = [axis for axis in fused if not 0 <= axis < len(site.roles) or site.roles[axis] == "in"]
+    if wrong:
+        raise ValueError(
+            f"fused={fused}: axis {wrong[0]} of {site.path!r} is no axis of outputs; its axes are "
+            f"{site.roles} of sizes {site.shape}."
+        )
+    roles = ("batch" if axis in fused else role for axis, role in enumerate(site.roles))
+    return dataclasses.replace(site, roles=tuple(roles))
 
 
 def _axes(site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:

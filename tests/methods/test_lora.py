@@ -221,3 +221,27 @@ def test_merge_knows_no_dropout():
     np.testing.assert_array_equal(
         with_.merge(adapter, params)["w"], without.merge(adapter, params)["w"]
     )
+
+
+def test_fused_maps_get_an_a_and_b_of_their_own_when_asked():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 6))
+    w = jax.random.normal(jax.random.key(1), (3, 2, 6, 4))
+
+    def model(params, x):
+        return jnp.einsum("btd,sndh->sbtnh", x, params["w"])
+
+    tuned = jp.transform(model, jp.lora(2, alpha=3, fused=(0,)), strict=True)
+    adapter = tuned.init(jax.random.key(2), {"w": w}, x)
+    shapes = {name: leaf.shape for name, leaf in adapter["w"].items()}
+    assert shapes == {"a": (3, 2, 6), "b": (3, 2, 2, 4)}
+    b = jax.random.normal(jax.random.key(3), (3, 2, 2, 4))
+    adapter = jp.Adapter({"w": {"a": adapter["w"]["a"], "b": b}}, adapter.sites)
+    a64, b64, w64 = (np.asarray(v, np.float64) for v in (adapter["w"]["a"], b, w))
+    apart = [w64[s] + 1.5 * np.einsum("rd,rnh->ndh", a64[s], b64[s]) for s in range(3)]
+    expected = np.einsum("btd,sndh->sbtnh", np.asarray(x, np.float64), np.stack(apart))
+    np.testing.assert_allclose(tuned.apply(adapter, {"w": w}, x), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        tuned.merge(adapter, {"w": w})["w"], np.stack(apart), rtol=1e-5, atol=1e-6
+    )
+    with pytest.raises(ValueError, match="axis 2 of 'w' is no axis of outputs"):
+        jp.transform(model, jp.lora(2, fused=(2,))).init(jax.random.key(2), {"w": w}, x)
