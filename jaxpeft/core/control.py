@@ -51,15 +51,22 @@ def open_jaxpr(closed: Any) -> tuple[Any, Sequence[Any]]:
 
 
 def read_scan(params: dict[str, Any]) -> Scan | None:
-    known = {"jaxpr", "num_consts", "num_carry", "length", "reverse", "unroll"}
-    if not known <= set(params) or set(params) - known - {"linear", "_split_transpose"}:
+    """The parts of a scan, as JAX 0.10 gives them and as 0.11 does.
+
+    The older one counts constants and carries; the newer has trees of the inputs and outputs.
+    """
+    common = {"jaxpr", "length", "reverse", "unroll"}
+    extra = set(params) - common - {"linear", "_split_transpose"}
+    if extra == {"num_consts", "num_carry"}:
+        counts = params["num_consts"], params["num_carry"]
+    elif extra == {"ft_in", "ft_out"}:
+        consts, carry, _ = params["ft_in"].unpack()
+        counts = len(consts), len(carry)
+    else:
         return None
-    return Scan(
-        *(
-            params[name]
-            for name in ("jaxpr", "num_consts", "num_carry", "length", "reverse", "unroll")
-        )
-    )
+    if not common <= set(params):
+        return None
+    return Scan(params["jaxpr"], *counts, *(params[n] for n in ("length", "reverse", "unroll")))
 
 
 def read_while(params: dict[str, Any]) -> While | None:

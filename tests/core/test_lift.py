@@ -109,6 +109,29 @@ def test_unknown_parameters_are_not_guessed_at(read, params):
     assert read(params) is None
 
 
+class Flat:
+    """As JAX 0.11 describes a scan's inputs: a tree whose parts have lengths."""
+
+    def __init__(self, *lengths):
+        self.lengths = lengths
+
+    def unpack(self):
+        return [range(length) for length in self.lengths]
+
+
+def test_a_scan_is_read_from_the_newer_encoding_too(monkeypatch):
+    read = control.read_scan
+
+    def encoded_newly(params):
+        old = dict(params)
+        counts = old.pop("num_consts"), old.pop("num_carry")
+        rest = len(old["jaxpr"].jaxpr.invars) - sum(counts)
+        return read(old | {"ft_in": Flat(*counts, rest), "ft_out": Flat(1, 0)})
+
+    monkeypatch.setattr(control, "read_scan", encoded_newly)
+    same(LOOPS["scan"], tuned_weight(2, 5, 5), X)
+
+
 class Doubled(Structured):
     """The least that a weight must define."""
 
