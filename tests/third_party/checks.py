@@ -122,17 +122,17 @@ def close(got: Any, expected: Any, tolerance: float, what: str = "outputs") -> N
 
 
 def report_trace_time(example: Example, apply: Callable[..., Any]) -> None:
-    """Prints how much longer the tuned model takes to trace than the model alone."""
+    """Prints how much longer the tuned model takes to trace than the model alone.
+
+    In turns, and the best of several, because early traces also fill JAX's caches.
+    """
     args = example.params, example.inputs
-    base, tuned = (seconds(f, args) for f in (example.base, apply))
-    print(f"\n  trace: {base:.2f} s, tuned {tuned:.2f} s, ratio {tuned / base:.1f}")
+    times = [[seconds(f, args) for f in (example.base, apply)] for _ in range(5)]
+    base, tuned = (min(column) for column in zip(*times, strict=True))
+    print(f"\n  trace: {1e3 * base:.0f} ms, tuned {1e3 * tuned:.0f} ms, ratio {tuned / base:.1f}")
 
 
 def seconds(f: Callable[..., Any], args: tuple[Any, ...]) -> float:
-    """The time of a second trace: the first one also fills JAX's caches of small programs."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        jax.make_jaxpr(lambda *args: f(*args))(*args)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    start = time.perf_counter()
+    jax.make_jaxpr(lambda *args: f(*args))(*args)
+    return time.perf_counter() - start
