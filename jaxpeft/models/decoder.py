@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from jaxpeft.models.config import DecoderConfig
@@ -25,7 +26,7 @@ from jaxpeft.models.rope import apply_rope, rope_frequencies
 Cache = dict[str, Array]
 Policy = Callable[..., Any]
 Store = Callable[[Array, Array], tuple[Array, Array]]
-KEEP_PROJECTIONS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+KEEP_PROJECTIONS = jax.checkpoint_policies.save_only_these_names("projection")
 
 
 class Linear(nnx.Module):
@@ -39,7 +40,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         y = x @ self.kernel[...]
-        return y + self.bias[...] if hasattr(self, "bias") else y
+        y = y + self.bias[...] if hasattr(self, "bias") else y
+        return checkpoint_name(y, "projection")
 
 
 class RMSNorm(nnx.Module):
