@@ -21,6 +21,7 @@ from jax.extend import core as jex
 from jax.extend import source_info_util
 
 from jaxpeft.core import contract, control, views
+from jaxpeft.core.frame import Frame, frame
 from jaxpeft.core.labels import View
 from jaxpeft.core.structured import Contraction, Structured, apply_view
 from jaxpeft.core.tap import Tap, inside
@@ -93,29 +94,6 @@ def lift(f: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
         return call(f, params, args, kwargs, refuse if strict else warn)
 
     return lifted
-
-
-@dataclasses.dataclass(frozen=True)
-class Frame:
-    """A pytree without its arrays: its structure, and the leaves that are not traced."""
-
-    structure: Any
-    static: tuple[tuple[int, Any], ...]
-
-    def fill(self, arrays: Sequence[Any]) -> Any:
-        leaves, fixed = iter(arrays), dict(self.static)
-        count = self.structure.num_leaves
-        return self.structure.unflatten(
-            [fixed[i] if i in fixed else next(leaves) for i in range(count)]
-        )
-
-
-def frame(tree: Any) -> tuple[Values, Frame]:
-    """The leaves to trace (arrays and structured weights), and the frame that takes them back."""
-    leaves, structure = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, Structured))
-    kinds = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, Structured)
-    static = tuple((i, leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, kinds))
-    return [leaf for leaf in leaves if isinstance(leaf, kinds)], Frame(structure, static)
 
 
 def call(
@@ -233,6 +211,12 @@ class Scope:
     def read(self, atom: Any) -> Any:
         return atom.val if isinstance(atom, jex.Literal) else self.env[atom]
 
+    def meets_weight(self, eqn: Any) -> bool:
+        return any(
+            not isinstance(atom, jex.Literal) and isinstance(self.env.get(atom), Structured)
+            for atom in eqn.invars
+        )
+
     def once(self, atoms: Sequence[Any], name: Any, f: Callable[[], Any]) -> Any:
         key = (*atoms, name)
         if key not in self.memo:
@@ -252,33 +236,58 @@ class Scope:
 
 
 def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], scope: Scope) -> Values:
-    """The outputs of `jaxpr`, where some of `args` are structured weights."""
+    """The outputs of `jaxpr`, where some of `args` are structured weights.
+
+    Equations that no weight reaches wait, and run together when a result of theirs is needed.
+    """
     scope.env.update(zip(jaxpr.constvars, consts, strict=True))
     scope.env.update(zip(jaxpr.invars, args, strict=True))
+    waiting: list[Any] = []
     for eqn in jaxpr.eqns:
-        values = [scope.read(atom) for atom in eqn.invars]
-        touched = any(isinstance(value, Structured) for value in values) or _tapped(eqn, scope)
-        outs = _touched(eqn, values, scope) if touched else run(eqn, values)
         if eqn.primitive.name == "broadcast_in_dim" and len(eqn.invars) == 1:
             scope.broadcasts[eqn.outvars[0]] = eqn
+        if not (scope.meets_weight(eqn) or _tapped(eqn, scope)):
+            waiting.append(eqn)
+            continue
+        _run_together(waiting, scope)
+        waiting.clear()
+        outs = _touched(eqn, [scope.read(atom) for atom in eqn.invars], scope)
         scope.env.update(zip(eqn.outvars, outs, strict=True))
+    _run_together(waiting, scope)
     return [scope.read(atom) for atom in jaxpr.outvars]
 
 
-_DEBUG = jex.DebugInfo("jaxpeft", "one equation", (), ())
+_DEBUG = jex.DebugInfo("jaxpeft", "equations", (), ())
+
+
+def _run_together(eqns: Sequence[Any], scope: Scope) -> None:
+    """Equations on arrays, as one program: no knowledge of their primitives is needed."""
+    if not eqns:
+        return
+    outvars = [v for eqn in eqns for v in eqn.outvars if not isinstance(v, jex.DropVar)]
+    made = set(outvars)
+    inputs = dict.fromkeys(
+        atom
+        for eqn in eqns
+        for atom in eqn.invars
+        if not isinstance(atom, jex.Literal) and atom not in made
+    )
+    effects = frozenset().union(*(eqn.effects for eqn in eqns))
+    jaxpr = jex.Jaxpr((), list(inputs), outvars, list(eqns), effects, debug_info=_DEBUG)
+    results = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))(*map(scope.read, inputs))
+    scope.env.update(zip(outvars, results, strict=True))
 
 
 def run(eqn: Any, values: Sequence[Any]) -> Values:
-    """One equation on arrays, as a program of its own: no knowledge of its primitive is needed."""
+    """One equation, with these values in the places of its operands."""
     bound = {
         atom: value
         for atom, value in zip(eqn.invars, values, strict=True)
         if not isinstance(atom, jex.Literal)
     }
-    outvars = [var for var in eqn.outvars if not isinstance(var, jex.DropVar)]
-    jaxpr = jex.Jaxpr((), list(bound), outvars, [eqn], eqn.effects, debug_info=_DEBUG)
-    results = iter(jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))(*bound.values()))
-    return [None if isinstance(var, jex.DropVar) else next(results) for var in eqn.outvars]
+    scope = Scope(refuse, env=bound)
+    _run_together([eqn], scope)
+    return [scope.env.get(var) for var in eqn.outvars]
 
 
 def _touched(eqn: Any, values: Values, scope: Scope) -> Values:

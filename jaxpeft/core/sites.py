@@ -14,8 +14,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxpeft.core import control, views
+from jaxpeft.core.frame import frame
 from jaxpeft.core.labels import Drop, Layout, Split, View
-from jaxpeft.core.lift import frame, trace
+from jaxpeft.core.lift import trace
 from jaxpeft.core.structured import Structured
 from jaxpeft.core.tap import boundaries
 from jaxpeft.core.tree import leaves_with_paths
