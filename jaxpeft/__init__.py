@@ -4,10 +4,10 @@ from jaxpeft import hf as hf
 from jaxpeft import models as models
 from jaxpeft import serve as serve
 from jaxpeft import train as train
-from jaxpeft.core.lift import MaterializeError as MaterializeError
-from jaxpeft.core.lift import MaterializeWarning as MaterializeWarning
 from jaxpeft.core.lift import lift as lift
 from jaxpeft.core.method import Method as Method
+from jaxpeft.core.report import MaterializeError as MaterializeError
+from jaxpeft.core.report import MaterializeWarning as MaterializeWarning
 from jaxpeft.core.rules import chain as chain
 from jaxpeft.core.rules import rules as rules
 from jaxpeft.core.sites import Site as Site

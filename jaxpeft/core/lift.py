@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,45 +22,11 @@ from jax.extend import source_info_util
 from jaxpeft.core import contract, control, views
 from jaxpeft.core.frame import Frame, frame
 from jaxpeft.core.labels import View
+from jaxpeft.core.report import Materialized, Report, refuse, warn
 from jaxpeft.core.structured import Contraction, Structured, apply_view
 from jaxpeft.core.tap import Tap, inside
 
 Values = list[Any]
-
-
-class MaterializeWarning(UserWarning):
-    """A structured weight became a dense array where no shortcut is known."""
-
-
-class MaterializeError(ValueError):
-    """The same under `strict=True`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Materialized:
-    """One place where a weight became dense: its path, the primitive, and the source line."""
-
-    site: str
-    primitive: str
-    source: str
-
-    def __str__(self) -> str:
-        site = self.site or "a structured weight"
-        return f"{site!r} is materialized at `{self.primitive}` ({self.source})"
-
-
-Report = Callable[[Materialized], None]
-
-
-def warn(place: Materialized) -> None:
-    warnings.warn(f"{place}: right, but slower than a structured product.", MaterializeWarning, 2)
-
-
-def refuse(place: Materialized) -> None:
-    raise MaterializeError(
-        f"{place}, and strict=True refuses that. Drop the rule that matches it, use a method with "
-        "a shortcut there, or pass strict=False to accept the dense array."
-    )
 
 
 def lift(f: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]:
@@ -186,6 +151,7 @@ class Scope:
         report: told of each weight that becomes dense.
         taps: methods at work at call boundaries, by name; of a stack inside a scan, one layer's.
         reached: collects the names of the boundaries that were met.
+        source: the line that the program was called from, for equations without one.
         env: the program's values so far.
         broadcasts: the equations that broadcast a value, by result.
         memo: results that several weights share.
@@ -194,6 +160,7 @@ class Scope:
     report: Report
     taps: dict[str, Tap] = dataclasses.field(default_factory=dict)
     reached: set[str] = dataclasses.field(default_factory=set)
+    source: str = ""
     env: dict[Any, Any] = dataclasses.field(default_factory=dict)
     broadcasts: dict[Any, Any] = dataclasses.field(default_factory=dict)
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
@@ -203,7 +170,8 @@ class Scope:
         held = {boundary.name for boundary in inside(eqn)} if self.taps else set()
 
         def run_inside(jaxpr: Any, consts: Any, args: Any, taps: dict[str, Tap]) -> Values:
-            return evaluate(jaxpr, consts, args, Scope(self.report, taps, self.reached))
+            source = _source(eqn) or self.source
+            return evaluate(jaxpr, consts, args, Scope(self.report, taps, self.reached, source))
 
         taps = {name: tap for name, tap in self.taps.items() if name in held}
         return control.Inner(run_inside, taps)
@@ -338,9 +306,15 @@ def _check_open(eqn: Any, scope: Scope) -> None:
 def _dense(eqn: Any, value: Any, scope: Scope) -> Any:
     if not isinstance(value, Structured):
         return value
-    source = source_info_util.summarize(eqn.source_info)
+    source = _source(eqn) or scope.source
     scope.report(Materialized(value.name, eqn.primitive.name, source))
     return value.materialize()
+
+
+def _source(eqn: Any) -> str:
+    """File and line of an equation; nothing for one that only JAX's own code is behind."""
+    line = source_info_util.summarize(eqn.source_info)
+    return line if ":" in line else ""
 
 
 def _at_weight(eqn: Any, values: Values, scope: Scope) -> Values | None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxpeft.core import lift as lifting
 from jaxpeft.core.method import Leaves, Method, resolve, tune_weight
+from jaxpeft.core.report import refuse, warn
 from jaxpeft.core.rules import nearest
 from jaxpeft.core.sites import Site, discover, listing
 from jaxpeft.core.structured import Structured, Sum, dense
@@ -131,7 +132,7 @@ class Tuned:
         chosen = self._methods(adapter)
         weights = self._weights(chosen, adapter, params, dropout_key)
         taps = self._taps(chosen, adapter, dropout_key)
-        report = lifting.refuse if self.strict else lifting.warn
+        report = refuse if self.strict else warn
         return lifting.call(self.fn, weights, inputs, kwargs, report, taps, params)
 
     def merge(self, adapter: Adapter, params: Any) -> Any:

@@ -204,3 +204,13 @@ def test_two_weights_in_one_product():
     """`w.T @ w`: one of them is made dense, and that is reported."""
     with pytest.warns(jp.MaterializeWarning, match="materialized at `dot_general`"):
         same(lambda p, x: x @ (p["w"].T @ p["w"]), tuned_weight(5, 5), X, strict=False)
+
+
+def test_a_product_inside_jax_s_own_helpers_is_reported_at_the_line_that_called_them():
+    with pytest.warns(jp.MaterializeWarning, match=r"test_lift\.py:\d+"):
+        same(
+            lambda p, x: x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0)),
+            tuned_weight(5, 5),
+            X,
+            strict=False,
+        )
