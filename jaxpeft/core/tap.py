@@ -21,12 +21,14 @@ from jaxpeft.core.structured import node, static
 _tap = jex.Primitive("tap")
 
 
-def tap(x: jax.Array, name: str) -> jax.Array:
+def tap(x: jax.Array, name: str, **sources: jax.Array) -> jax.Array:
     """`x`, marked as a place where methods that act on activations may work.
 
     Args:
         x: activations, features last: `(..., features)`.
         name: a path and a side, such as "layers/attn:out". Rules match it like a parameter's path.
+        **sources: other activations that a method may read there, by name; the output of a module
+            has its `input`. They cost nothing where no method reads them.
 
     Returns:
         `x`.
@@ -41,21 +43,26 @@ def tap(x: jax.Array, name: str) -> jax.Array:
         >>> adapter["w:out"]["down"].shape
         (2, 3)
     """
-    return _tap.bind(x, name=name)
+    return _tap.bind(x, *sources.values(), name=name, sources=tuple(sources))
 
 
-def _jvp(primals: Any, tangents: Any, *, name: str) -> Any:
-    return tap(primals[0], name), tangents[0]
+def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+    return _tap.bind(*primals, **params), tangents[0]
 
 
-def _batch(args: Any, axes: Any, *, name: str) -> Any:
+def _batch(args: Any, axes: Any, **params: Any) -> Any:
     # Features stay last, as methods expect them.
-    return tap(jnp.moveaxis(args[0], axes[0], 0), name), 0
+    size = next(x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None)
+    moved = [
+        jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(args, axes, strict=True)
+    ]
+    return _tap.bind(*moved, **params), 0
 
 
-_tap.def_impl(lambda x, *, name: x)
-_tap.def_abstract_eval(lambda x, *, name: x)
-mlir.register_lowering(_tap, lambda ctx, x, *, name: [x])
+_tap.def_impl(lambda x, *sources, **params: x)
+_tap.def_abstract_eval(lambda x, *sources, **params: x)
+mlir.register_lowering(_tap, lambda ctx, x, *sources, **params: [x])
 ad.primitive_jvps[_tap] = _jvp
 batching.primitive_batchers[_tap] = _batch
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import linen
 
-from jaxpeft.flax.mark import mark
+from jaxpeft.flax.mark import mark_call
 
 
 def linen_function(module: linen.Module, *, tapped: bool = False) -> Callable[..., Any]:
@@ -35,5 +35,4 @@ def linen_function(module: linen.Module, *, tapped: bool = False) -> Callable[..
 def _marked_call(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
     if context.method_name != "__call__":
         return run(*args, **kwargs)
-    path = "/".join(context.module.path)
-    return mark(run(*mark(args, f"{path}:in"), **kwargs), f"{path}:out")
+    return mark_call(run, "/".join(context.module.path), args, kwargs)

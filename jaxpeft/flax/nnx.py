@@ -13,7 +13,7 @@ from flax import nnx
 from jaxpeft.core.method import at_boundaries
 from jaxpeft.core.transform import Adapter, Tuned
 from jaxpeft.core.transform import transform as transform_function
-from jaxpeft.flax.mark import mark
+from jaxpeft.flax.mark import Point, mark_call, mark_point
 
 
 def nnx_function(module: nnx.Module, *, tapped: bool = False) -> Callable[..., Any]:
@@ -80,8 +80,12 @@ def _mark_modules(live: nnx.Module) -> None:
 @functools.cache
 def _marked(cls: type, path: str) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return mark(cls.__call__(self, *mark(args, f"{path}:in"), **kwargs), f"{path}:out")
+        return mark_call(functools.partial(cls.__call__, self), path, args, kwargs)
 
+    def point(self: Any, x: jax.Array, **sources: Any) -> jax.Array:
+        return mark_point(path, x, sources)
+
+    call = point if issubclass(cls, Point) else call
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
 
 
