@@ -1,5 +1,6 @@
 """`jaxpeft inspect`: what is in a model, an adapter or a checkpoint."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -92,19 +93,28 @@ def _model(place: Path, console: Console) -> None:
     sites = _sites(config)
     total = sum(site.size for site in sites)
     console.print(f"[bold]Model[/]: {place}, {common.megabytes(common.size_on_disk(place))}")
-    _pairs(console, {
-        "architecture": config.model_type,
+    shown = _decoder(config) if hasattr(config, "num_key_value_heads") else _options(config)
+    _pairs(console, {"architecture": config.model_type} | shown | {"parameters": f"{total:,}"})
+    console.print(_table(sites))
+    wide, narrow = common.megabytes(4 * total), common.megabytes(2 * total)
+    console.print(f"{wide} in float32, {narrow} in bfloat16")
+
+
+def _decoder(config: Any) -> dict[str, Any]:
+    return {
         "layers": config.num_hidden_layers,
         "width": f"{config.hidden_size}, {config.intermediate_size} in the MLP",
         "heads": f"{config.num_attention_heads} for queries, {config.num_key_value_heads} for "
         f"keys and values, of width {config.head_dim}",
         "vocabulary": f"{config.vocab_size:,}" + _tied(config),
         "context": f"{config.max_position_embeddings:,} tokens",
-        "parameters": f"{total:,}",
-    })  # fmt: skip
-    console.print(_table(sites))
-    wide, narrow = common.megabytes(4 * total), common.megabytes(2 * total)
-    console.print(f"{wide} in float32, {narrow} in bfloat16")
+    }
+
+
+def _options(config: Any) -> dict[str, Any]:
+    """A config's fields, under their own names."""
+    fields = [field.name for field in dataclasses.fields(config) if field.name != "model_type"]
+    return {name: getattr(config, name) for name in fields}
 
 
 def _tied(config: Any) -> str:
@@ -113,15 +123,15 @@ def _tied(config: Any) -> str:
 
 def _sites(config: Any) -> list[Any]:
     """How the model uses its parameters, from its shapes alone."""
-    import jax
+    import jax.numpy as jnp
     from flax import nnx
 
     import jaxpeft as jp
-    from jaxpeft.models import Decoder
+    from jaxpeft.models import FAMILIES
 
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    tokens = jax.ShapeDtypeStruct((1, 8), "int32")
-    sites = jp.transform(model, jp.lora(1)).sites(nnx.state(model), tokens)
+    build = FAMILIES[config.model_type].build
+    model = nnx.eval_shape(lambda: build(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    sites = jp.transform(model, jp.lora(1)).sites(nnx.state(model), *model.example())
     return [site for site in sites if not site.boundary]
 
 

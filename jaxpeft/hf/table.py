@@ -7,8 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxpeft.core.rules import nearest
@@ -16,9 +14,7 @@ from jaxpeft.core.sites import Site
 from jaxpeft.core.transform import Adapter
 from jaxpeft.flax import transform
 from jaxpeft.methods.full import full
-from jaxpeft.models import Decoder
-from jaxpeft.models.names import TABLE
-from jaxpeft.models.names import names as decoder_names
+from jaxpeft.models import FAMILIES, Model
 
 # The output head of Hugging Face's language models, which a tied model has only by name.
 HEAD = "lm_head"
@@ -107,24 +103,27 @@ class Table:
 
 def of_model(model: Any) -> Table | None:
     """The table of a model of this library, else None."""
-    if not isinstance(model, Decoder):
+    if not isinstance(model, Model):
         return None
-    tokens = jax.ShapeDtypeStruct((2, 3), jnp.int32)
-    sites = transform(model, full()).sites(nnx.state(model), tokens)
-    tensors = {name.path: name.tensor for name in decoder_names(model.config)}
+    sites = transform(model, full()).sites(nnx.state(model), *model.example())
+    tensors = {name.path: name.tensor for name in model.names()}
     rows = {s.path: _row(s, tensors[s.path]) for s in sites if not s.boundary}
     return Table(rows, True, True)
 
 
 def of_adapter(adapter: Adapter) -> Table:
-    """What can be told from an adapter of this library's decoders alone."""
-    tensors = {name.path: name.tensor for name in TABLE}
-    unknown = [site.path for site in adapter.sites if site.path not in tensors]
-    if unknown:
+    """What can be told from an adapter alone, if the model's family has a table of names."""
+    tables = dict.fromkeys(family.table for family in FAMILIES.values())
+    known = [{name.path: name.tensor for name in table} for table in tables]
+    unknown = [[s.path for s in adapter.sites if s.path not in tensors] for tensors in known]
+    fewest = min(range(len(known)), key=lambda i: len(unknown[i]))
+    if unknown[fewest]:
         raise ValueError(
-            f"no Hugging Face name is known for {unknown[0]!r}. Pass names={{path: module name}}, "
-            'such as {"blocks_*/attn/q/kernel": "model.layers.*.self_attn.q_proj"}.'
+            f"no Hugging Face name is known for {unknown[fewest][0]!r}. Pass names="
+            '{path: module name}, such as {"blocks_*/attn/q/kernel": '
+            '"model.layers.*.self_attn.q_proj"}; or model=, for a model of jaxpeft.models.'
         )
+    tensors = known[fewest]
     rows = {site.path: _row(site, tensors[site.path]) for site in adapter.sites}
     layers = max((len(row.modules) for row in rows.values()), default=1)
     modules = {tensor.rpartition(".")[0] for tensor in tensors.values()}

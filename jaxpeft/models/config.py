@@ -1,9 +1,7 @@
 """The architecture of a decoder, read from and written to a Hugging Face `config.json`."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = {
@@ -72,32 +70,6 @@ class DecoderConfig:
                 f"num_key_value_heads={self.num_key_value_heads}. Every key head serves the same "
                 "number of query heads; check config.json."
             )
-
-
-def read_config(directory: str | Path) -> DecoderConfig:
-    """Read `config.json` in a Hugging Face model directory.
-
-    Args:
-        directory: where `config.json` lies.
-
-    Returns:
-        The decoder's configuration.
-
-    Raises:
-        FileNotFoundError: there is no `config.json`.
-        ValueError: the file is not JSON, or asks for something that the decoder does not do.
-    """
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist. Give the directory of a Hugging Face model "
-            "(config.json and model.safetensors), or a .gguf file."
-        )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    return from_hf(values)
 
 
 def from_hf(values: Mapping[str, Any]) -> DecoderConfig:

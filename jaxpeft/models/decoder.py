@@ -21,6 +21,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from jaxpeft.models.config import DecoderConfig
+from jaxpeft.models.model import Model
+from jaxpeft.models.names import Name, names
 from jaxpeft.models.rope import apply_rope, rope_frequencies
 
 Cache = dict[str, Array]
@@ -123,7 +125,7 @@ class Embedding(nnx.Module):
         return jnp.take(self.embedding[...], tokens, axis=0)
 
 
-class Decoder(nnx.Module):
+class Decoder(Model):
     """A causal language model.
 
     Args:
@@ -207,18 +209,13 @@ class Decoder(nnx.Module):
         x, keys, values = self._run_cached(x, rope, visible, cache["k"], cache["v"], start)
         return self._logits(x), cache | {"k": keys, "v": values}
 
-    def apply(self, params: nnx.State, *inputs: Any, **kw: Any) -> Any:
-        """Call the model with these weights; a pure function of them, ready for `jit` and `grad`.
+    def names(self) -> tuple[Name, ...]:
+        """The weights' names in Hugging Face's and llama.cpp's files."""
+        return names(self.config)
 
-        Args:
-            params: the weights, as `load` or `nnx.split` gives them.
-            *inputs: as for the call itself.
-            **kw: as for the call itself.
-
-        Returns:
-            What the call returns.
-        """
-        return nnx.merge(nnx.graphdef(self), params)(*inputs, **kw)
+    def example(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Abstract tokens of a small call."""
+        return (jax.ShapeDtypeStruct((2, 3), jnp.int32),)
 
     def init_cache(self, batch: int, length: int, dtype: DTypeLike | None = None) -> Cache:
         """An empty key-value cache.

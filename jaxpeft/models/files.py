@@ -4,11 +4,12 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxpeft.models.config import DecoderConfig, read_config
+from jaxpeft.models.families import read_config
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -18,35 +19,53 @@ INDEX = "model.safetensors.index.json"
 class Checkpoint:
     """A model on disk.
 
-    `shapes` maps Hugging Face tensor names to shapes; `read` gives one of these tensors as a numpy
-    array in the stored (or dequantized) dtype; `where` names the file for error messages.
+    `config` is what its family read; `shapes` maps Hugging Face tensor names to shapes; `read`
+    gives one of these tensors as a numpy array in the stored (or dequantized) dtype; `where` names
+    the file for error messages.
     """
 
-    config: DecoderConfig
+    config: Any
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
     where: str
 
 
-def open_directory(directory: str | Path) -> Checkpoint:
+def open_directory(
+    directory: str | Path, task: str | None = None, labels: Any = None
+) -> Checkpoint:
     """A Hugging Face directory: `config.json` and one or several safetensors files.
 
     Args:
         directory: the model directory.
+        task: what the model is to be for; None for what config.json says.
+        labels: names or number of the classes; None for those in config.json.
 
     Returns:
         The checkpoint; tensors are memory-mapped until they are read.
 
     Raises:
         FileNotFoundError: the configuration or a weight file is absent.
-        ValueError: a file is damaged.
+        ValueError: a file is damaged, or asks for something that is not supported.
     """
     directory = Path(directory)
-    config = read_config(directory)
+    config = read_config(read_json(directory / "config.json"), task, labels)
     opened = {path: _open(path) for path in _weight_files(directory)}
     owner = {name: file for file in opened.values() for name in file.keys()}
     shapes = {name: tuple(f.get_slice(name).get_shape()) for name, f in owner.items()}
     return Checkpoint(config, shapes, lambda name: owner[name].get_tensor(name), str(directory))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The dictionary in a model's `config.json`, or in another file beside it."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist. Give the directory of a Hugging Face model "
+            "(config.json and model.safetensors), or a .gguf file."
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
 
 
 def _weight_files(directory: Path) -> list[Path]:

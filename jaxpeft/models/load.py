@@ -1,5 +1,7 @@
 """Load Hugging Face weights into a Flax model."""
 
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,13 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxpeft.models.decoder import Decoder
+from jaxpeft.models.families import FAMILIES
 from jaxpeft.models.files import Checkpoint, open_directory
 from jaxpeft.models.gguf import find_gguf, open_gguf
-from jaxpeft.models.names import Name, names
+from jaxpeft.models.model import Model
+from jaxpeft.models.names import Name
 
-# Buffers that old checkpoints carry and that follow from config.json.
-_DERIVED = ("rotary_emb.inv_freq",)
+Weights = dict[str, Any]
 
 
 def load(
@@ -26,8 +28,11 @@ def load(
     dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
     quantize: Any = None,
-) -> tuple[Decoder, nnx.State]:
-    """Load a decoder from a Hugging Face directory or a GGUF file.
+    task: str | None = None,
+    labels: Sequence[str] | int | None = None,
+    seed: int = 0,
+) -> tuple[Any, nnx.State]:
+    """Load a model from a Hugging Face directory, or a decoder from a GGUF file.
 
     One tensor is read at a time and written straight into its place among the stacked layers, so
     that the peak is the model plus its largest stacked weight.
@@ -39,6 +44,11 @@ def load(
         mesh: devices to spread the weights over. Each weight is split along its largest axis that
             the mesh's first axis divides; the stack of layers is never split.
         quantize: must be None for now.
+        task: what the model is for, such as "sequence-classification"; None for what
+            `architectures` in config.json says. Which tasks there are depends on the model.
+        labels: the names of a classifier's classes, or their number; None for those in config.json.
+        seed: of the random weights of a head that the directory does not have, or has for another
+            number of `labels`.
 
     Returns:
         `(model, params)`: the model's leaves are `jax.ShapeDtypeStruct`s; `params` is the
@@ -46,32 +56,44 @@ def load(
 
     Raises:
         FileNotFoundError: there is no model at this path.
-        ValueError: the architecture is unknown, or a tensor is missing, left over or misshapen.
+        ValueError: the architecture is unknown, it cannot do the task, or a tensor is missing, left
+            over or misshapen.
 
     Example:
         >>> model, params = load("path/to/SmolLM2-135M")  # doctest: +SKIP
         >>> logits = model.apply(params, tokens)  # doctest: +SKIP
+        >>> model, params = load("path/to/bert", task="sequence-classification",
+        ...                      labels=["no", "yes"])  # doctest: +SKIP
     """
     if quantize is not None:
         raise ValueError(
             f"quantize={quantize!r} is not supported yet. Load with quantize=None and pass "
             "the params to a quantizer."
         )
-    checkpoint = open_checkpoint(directory)
-    config = checkpoint.config
-    table = names(config)
-    _check_names(checkpoint, table)
-    model = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    flat = nnx.to_flat_state(nnx.state(model))
-    rows = {name.path: name for name in table}
+    checkpoint = open_checkpoint(directory, task, labels)
+    family, config = FAMILIES[checkpoint.config.model_type], checkpoint.config
+
+    def build(seed: Any = 0) -> Model:
+        return family.build(config, dtype=dtype, rngs=nnx.Rngs(seed))
+
+    model = nnx.eval_shape(build)
+    rows = {name.path: name for name in model.names()}
+    abstract = {"/".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(
+        nnx.state(model))}  # fmt: skip
+    shapes = {path: tuple(leaf.shape) for path, (_, leaf) in abstract.items()}
+    stored = _stored(checkpoint, rows, shapes, relabelled=labels is not None)
+    fresh = _fresh(build, seed, [path for path in rows if not stored[path]])
     loaded = []
-    for path, leaf in flat:
-        values = _read(checkpoint, rows["/".join(map(str, path))], leaf)
-        loaded.append((path, leaf.replace(_place(values, path, mesh))))
+    for path, (keys, leaf) in abstract.items():
+        name = rows[path]
+        value = fresh[path] if path in fresh else _read(checkpoint, stored[path], name, leaf)
+        loaded.append((keys, leaf.replace(_place(value, name, mesh))))
     return model, nnx.from_flat_state(loaded)
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, task: str | None = None, labels: Sequence[str] | int | None = None
+) -> Checkpoint:
     """Open whichever kind of model lies at `path`; see `load`."""
     path = Path(path)
     if not path.exists():
@@ -80,25 +102,57 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             "(config.json and model.safetensors), or a .gguf file."
         )
     gguf = find_gguf(path)
-    return open_directory(path) if gguf is None else open_gguf(gguf)
+    if gguf is None:
+        return open_directory(path, task, labels)
+    if task not in (None, "causal-lm") or labels is not None:
+        raise ValueError(
+            f"task={task!r} with labels={labels!r} is not supported for a .gguf file. "
+            "Supported: task='causal-lm', which has no labels."
+        )
+    return open_gguf(gguf)
 
 
-def tensor_names(name: Name, layers: int) -> list[str]:
-    """The Hugging Face tensors that make up one weight, in layer order."""
-    return [name.tensor.format(layer=i) for i in range(layers)] if name.stacked else [name.tensor]
+def _stored(
+    checkpoint: Checkpoint,
+    rows: Mapping[str, Name],
+    shapes: Mapping[str, tuple[int, ...]],
+    relabelled: bool,
+) -> dict[str, list[str]]:
+    """The file's tensors for each weight, in layer order; none for a head that starts afresh."""
+    family = FAMILIES[checkpoint.config.model_type]
+    found = {family.canonical(tensor): tensor for tensor in checkpoint.shapes}
+    stored: dict[str, list[str]] = {}
+    missing, misshapen = set(), []
+    for path, name in rows.items():
+        tensors = name.tensors(shapes[path])
+        held = [found[t] for t in map(family.canonical, tensors) if t in found]
+        expected = name.shape(shapes[path])
+        wrong = [tensor for tensor in held if checkpoint.shapes[tensor] != expected]
+        if name.head and (not held or wrong and relabelled):
+            stored[path] = []
+            continue
+        missing |= {t for t in tensors if family.canonical(t) not in found}
+        misshapen += [(tensor, expected) for tensor in wrong]
+        stored[path] = held
+    wanted = {family.canonical(t) for p, name in rows.items() for t in name.tensors(shapes[p])}
+    spare = re.compile("|".join(family.spare) or "$")
+    unknown = {found[t] for t in found.keys() - wanted if not spare.match(t)}
+    _check_names(checkpoint, missing, unknown)
+    for tensor, expected in misshapen:
+        raise ValueError(
+            f"{tensor!r} in {checkpoint.where} has shape {checkpoint.shapes[tensor]}, "
+            f"but config.json asks for {expected}. Does config.json belong to these weights?"
+        )
+    return stored
 
 
-def _check_names(checkpoint: Checkpoint, table: tuple[Name, ...]) -> None:
-    config = checkpoint.config
-    wanted = {t for name in table for t in tensor_names(name, config.num_hidden_layers)}
-    # A tied head may be stored all the same; it equals the embedding.
-    known = wanted | ({"lm_head.weight"} if config.tie_word_embeddings else set())
-    found = {name for name in checkpoint.shapes if not name.endswith(_DERIVED)}
-    for problem, tensors in (("lacks", wanted - found), ("has unknown", found - known)):
+def _check_names(checkpoint: Checkpoint, missing: set[str], unknown: set[str]) -> None:
+    found = set(checkpoint.shapes)
+    for problem, tensors in (("lacks", missing), ("has unknown", unknown)):
         if tensors:
             raise ValueError(
-                f"{checkpoint.where} {problem} {len(tensors)} tensors for a {config.model_type!r} "
-                f"model of {config.num_hidden_layers} layers: {_some(tensors)}. It has "
+                f"{checkpoint.where} {problem} {len(tensors)} tensors for a "
+                f"{checkpoint.config.model_type!r} model: {_some(tensors)}. It has "
                 f"{len(found)} tensors: {_some(found)}. Does config.json belong to these weights?"
             )
 
@@ -108,35 +162,37 @@ def _some(tensors: set[str], limit: int = 5) -> str:
     return ", ".join(sorted(tensors)[:limit]) + rest
 
 
-def _read(checkpoint: Checkpoint, name: Name, leaf: Any) -> np.ndarray:
-    shape, dtype = leaf.shape, leaf.dtype
-    expected = shape[1:] if name.stacked else shape
-    expected = expected[::-1] if name.transposed else expected
-    result = np.empty(shape, dtype)
+def _fresh(build: Any, seed: int, paths: Sequence[str]) -> Weights:
+    """The random weights at some paths; under `jit` no other is made."""
+
+    @jax.jit
+    def init(seed: Array) -> Weights:
+        state = nnx.to_flat_state(nnx.state(build(seed)))
+        leaves = {"/".join(map(str, path)): leaf[...] for path, leaf in state}
+        return {path: leaves[path] for path in paths}
+
+    return init(jnp.asarray(seed)) if paths else {}
+
+
+def _read(checkpoint: Checkpoint, tensors: Sequence[str], name: Name, leaf: Any) -> np.ndarray:
+    result = np.empty(leaf.shape, leaf.dtype)
     rows = result if name.stacked else result[None]
-    for row, tensor in zip(rows, tensor_names(name, shape[0]), strict=True):
-        if checkpoint.shapes[tensor] != expected:
-            raise ValueError(
-                f"{tensor!r} in {checkpoint.where} has shape {checkpoint.shapes[tensor]}, "
-                f"but config.json asks for {expected}. Does config.json belong to these weights?"
-            )
-        values = checkpoint.read(tensor)
-        row[...] = values.T if name.transposed else values
+    for row, tensor in zip(rows, tensors, strict=True):
+        row[...] = name.from_hf(checkpoint.read(tensor))
     return result
 
 
-def _place(values: np.ndarray, path: tuple[Any, ...], mesh: Mesh | None) -> Array:
+def _place(values: np.ndarray | Array, name: Name, mesh: Mesh | None) -> Array:
     if mesh is None:
         return jnp.asarray(values)
-    return jax.device_put(values, NamedSharding(mesh, spec(values.shape, path, mesh)))
+    return jax.device_put(values, NamedSharding(mesh, spec(values.shape, name.stacked, mesh)))
 
 
-def spec(shape: tuple[int, ...], path: tuple[Any, ...], mesh: Mesh) -> PartitionSpec:
+def spec(shape: tuple[int, ...], stacked: bool, mesh: Mesh) -> PartitionSpec:
     """Split the largest axis that the mesh's first axis divides, but not the stack of layers."""
     axis_name = mesh.axis_names[0]
     size = mesh.shape[axis_name]
-    first = 1 if path[0] == "layers" else 0
-    axes = [axis for axis in range(first, len(shape)) if shape[axis] % size == 0]
+    axes = [axis for axis in range(int(stacked), len(shape)) if shape[axis] % size == 0]
     if not axes:
         return PartitionSpec()
     largest = max(axes, key=lambda axis: shape[axis])

@@ -1,27 +1,57 @@
-"""The names of a decoder's weights: here, in Hugging Face files, and in GGUF files."""
+"""The names of a model's weights: here, in Hugging Face files, and a decoder's in GGUF files."""
 
 from typing import NamedTuple
 
+import numpy as np
+
 from jaxpeft.models.config import DecoderConfig
+
+# Our kernels are (in, out), Hugging Face's (out, in); a convolution's are (height, width, in, out)
+# here and (out, in, height, width) there.
+LINEAR = (1, 0)
+CONVOLUTION = (2, 3, 1, 0)
 
 
 class Name(NamedTuple):
-    """One row of the table.
+    """One weight, here and in files.
 
-    `path` is the key path in the params tree, `tensor` the Hugging Face name and `gguf` that of
-    llama.cpp, both with `{layer}` where the weight is stacked over layers on its axis 0.
-    `transposed` says that the Hugging Face matrix is `(out, in)` while ours is `(in, out)`.
+    Attributes:
+        path: the key path in the params tree.
+        tensor: the Hugging Face name, with `{layer}` where the weight is stacked on its axis 0. A
+            stack is as deep as the weight: the layers of an encoder and a decoder may differ.
+        gguf: the name in llama.cpp's files, where it has one.
+        axes: `ours = theirs.transpose(axes)` for one layer; empty where they are equal.
+        head: whether it belongs to a task, so that it starts afresh where a checkpoint lacks it.
     """
 
     path: str
     tensor: str
-    gguf: str
-    transposed: bool = False
+    gguf: str = ""
+    axes: tuple[int, ...] = ()
+    head: bool = False
 
     @property
     def stacked(self) -> bool:
         """Whether each layer has its own tensor."""
         return "{layer}" in self.tensor
+
+    def tensors(self, shape: tuple[int, ...]) -> list[str]:
+        """The Hugging Face tensors that make up the weight of this shape, in layer order."""
+        layers = range(shape[0] if self.stacked else 1)
+        return [self.tensor.replace("{layer}", str(layer)) for layer in layers]
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of each Hugging Face tensor, when the weight here has shape `shape`."""
+        one = shape[1:] if self.stacked else shape
+        return tuple(one[axis] for axis in np.argsort(self.axes)) if self.axes else one
+
+    def from_hf(self, value: np.ndarray) -> np.ndarray:
+        """A layer's weight as it is here."""
+        return value.transpose(self.axes) if self.axes else value
+
+    def to_hf(self, value: np.ndarray) -> np.ndarray:
+        """A layer's weight as it is in Hugging Face's files; the inverse of `from_hf`."""
+        return value.transpose(np.argsort(self.axes)) if self.axes else value
 
 
 _PROJECTIONS = {
@@ -38,7 +68,8 @@ _NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"
 
 def _layer(path: str, gguf: str, leaf: str, kind: str) -> Name:
     tensor = f"model.layers.{{layer}}.{path.replace('/', '.')}.{kind}"
-    return Name(f"layers/{path}/{leaf}", tensor, f"blk.{{layer}}.{gguf}.{kind}", leaf == "kernel")
+    axes = LINEAR if leaf == "kernel" else ()
+    return Name(f"layers/{path}/{leaf}", tensor, f"blk.{{layer}}.{gguf}.{kind}", axes)
 
 
 TABLE: tuple[Name, ...] = (
@@ -47,7 +78,7 @@ TABLE: tuple[Name, ...] = (
     *(_layer(path, gguf, "bias", "bias") for path, gguf in _PROJECTIONS.items()),
     *(_layer(path, gguf, "scale", "weight") for path, gguf in _NORMS.items()),
     Name("norm/scale", "model.norm.weight", "output_norm.weight"),
-    Name("lm_head/kernel", "lm_head.weight", "output.weight", transposed=True),
+    Name("lm_head/kernel", "lm_head.weight", "output.weight", LINEAR),
 )
 
 

@@ -1,4 +1,4 @@
-"""Save a decoder as a Hugging Face directory that transformers loads."""
+"""Save a model as a Hugging Face directory that transformers loads."""
 
 import json
 import os
@@ -11,12 +11,11 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from jaxpeft.models.config import to_hf
-from jaxpeft.models.decoder import Decoder
+from jaxpeft.models.families import family_of
 from jaxpeft.models.files import INDEX, WEIGHTS
 from jaxpeft.models.gguf import find_gguf
-from jaxpeft.models.load import tensor_names
-from jaxpeft.models.names import Name, names
+from jaxpeft.models.model import Model
+from jaxpeft.models.names import Name
 from jaxpeft.models.tokenizer import load_tokenizer
 
 TOKENIZER_FILES = (
@@ -36,7 +35,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 def save(
     directory: str | Path,
-    model: Decoder,
+    model: Model,
     params: nnx.State,
     *,
     tokenizer_from: str | Path | None = None,
@@ -49,7 +48,7 @@ def save(
 
     Args:
         directory: made when absent. Weights of an earlier save in it are replaced.
-        model: the decoder, for its configuration; its leaves may be abstract.
+        model: of `load`, for its names and configuration; its leaves may be abstract.
         params: its dense weights, all of one dtype.
         tokenizer_from: the Hugging Face directory or GGUF file whose tokenizer to save along.
         shard_bytes: a larger model is split into several files of at most about this size.
@@ -71,12 +70,12 @@ def save(
         if tokenizer_from is not None:
             _save_tokenizer(written, Path(tokenizer_from))
         _save_weights(written, model, leaves, shard_bytes)
-        config = json.dumps(to_hf(model.config, dtype), indent=2)
+        config = json.dumps(family_of(model.config.model_type).write(model.config, dtype), indent=2)
         (written / "config.json").write_text(config + "\n", encoding="utf-8")
         _move(written, directory)
 
 
-def _leaves(model: Decoder, params: nnx.State) -> dict[str, np.ndarray]:
+def _leaves(model: Model, params: nnx.State) -> dict[str, np.ndarray]:
     given = {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(params)}
     abstract = nnx.to_flat_state(nnx.state(model))
     wanted = {"/".join(map(str, path)): tuple(leaf.shape) for path, leaf in abstract}
@@ -103,7 +102,7 @@ def _dtype(leaves: dict[str, np.ndarray]) -> str:
 
 
 def _save_weights(
-    directory: Path, model: Decoder, leaves: dict[str, np.ndarray], shard_bytes: int
+    directory: Path, model: Model, leaves: dict[str, np.ndarray], shard_bytes: int
 ) -> None:
     shards = list(_shards(model, leaves, shard_bytes))
     if len(shards) == 1:
@@ -121,13 +120,11 @@ def _save_weights(
 Piece = tuple[str, Name, int]
 
 
-def _shards(
-    model: Decoder, leaves: dict[str, np.ndarray], shard_bytes: int
-) -> Iterator[list[Piece]]:
+def _shards(model: Model, leaves: dict[str, np.ndarray], shard_bytes: int) -> Iterator[list[Piece]]:
     shard: list[Piece] = []
     size = 0
-    for name in names(model.config):
-        tensors = tensor_names(name, model.config.num_hidden_layers)
+    for name in model.names():
+        tensors = name.tensors(leaves[name.path].shape)
         each = leaves[name.path].nbytes // len(tensors)
         for layer, tensor in enumerate(tensors):
             if shard and size + each > shard_bytes:
@@ -143,7 +140,7 @@ def _write(path: Path, shard: list[Piece], leaves: dict[str, np.ndarray]) -> Non
     for tensor, name, layer in shard:
         leaf = leaves[name.path]
         values = np.asarray(leaf[layer] if name.stacked else leaf)
-        tensors[tensor] = np.ascontiguousarray(values.T if name.transposed else values)
+        tensors[tensor] = np.ascontiguousarray(name.to_hf(values))
     # safetensors makes files that their owner alone can read; these are like any other.
     path.touch()
     mode = path.stat().st_mode

@@ -159,14 +159,14 @@ def test_mesh_spreads_the_weights_and_keeps_the_logits(oracle, tokens):
 
 
 @pytest.mark.parametrize(
-    ("shape", "path", "expected"),
+    ("shape", "stacked", "expected"),
     [
-        ((32, 64, 16), ("layers", "x"), PartitionSpec(None, "fsdp", None)),
-        ((32, 6, 16), ("layers", "x"), PartitionSpec(None, None, "fsdp")),
-        ((32, 6), ("layers", "x"), PartitionSpec()),
-        ((49152, 576), ("embed_tokens", "embedding"), PartitionSpec("fsdp", None)),
+        ((32, 64, 16), True, PartitionSpec(None, "fsdp", None)),
+        ((32, 6, 16), True, PartitionSpec(None, None, "fsdp")),
+        ((32, 6), True, PartitionSpec()),
+        ((49152, 576), False, PartitionSpec("fsdp", None)),
     ],
 )
-def test_largest_divisible_axis_is_split_but_never_the_layers(shape, path, expected):
+def test_largest_divisible_axis_is_split_but_never_the_layers(shape, stacked, expected):
     mesh = jax.sharding.AbstractMesh((4, 2), ("fsdp", "tensor"))
-    assert spec(shape, path, mesh) == expected
+    assert spec(shape, stacked, mesh) == expected

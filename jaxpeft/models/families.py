@@ -1,0 +1,107 @@
+"""The models that can be loaded, by the `model_type` of their `config.json`.
+
+To add one: write its config (a frozen dataclass with a `model_type`), its module (a `Model`), and
+one row here. `load`, `save` and the adapter files of `jaxpeft.hf` need nothing else.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jaxpeft.models import config as decoders
+from jaxpeft.models.decoder import Decoder
+from jaxpeft.models.model import Model
+from jaxpeft.models.names import TABLE, Name
+
+
+class Family(NamedTuple):
+    """How the models of one `model_type` are read, built and written.
+
+    Attributes:
+        read: from the dictionary of `config.json`, a task and labels to a config. `task` and
+            `labels` may be None: then config.json decides; a task it cannot do is a ValueError.
+        build: a `Model` from `(config, dtype=..., rngs=...)`, its head for `config`'s task.
+        write: from a config and the name of a dtype to the dictionary of `config.json`, with
+            `architectures` naming the class of transformers for the task.
+        prefix: of the bare model's tensors in files of a model with a head, such as "bert.". Files
+            are found with it or without it, whatever `Model.names` says.
+        respelled: old parts of tensor names, and what they are now.
+        spare: regular expressions for tensors (without the prefix) that files may hold and the
+            model may not need: buffers, and the heads of other tasks. Matched from the start.
+        table: rows of all weights that some model of the family has, where they depend on the
+            config's presence alone; an adapter file can then be written without its model.
+    """
+
+    read: Callable[[Mapping[str, Any], str | None, Any], Any]
+    build: Callable[..., Model]
+    write: Callable[[Any, str], dict[str, Any]]
+    prefix: str = ""
+    respelled: Mapping[str, str] = {}
+    spare: tuple[str, ...] = ()
+    table: tuple[Name, ...] = ()
+
+    def canonical(self, tensor: str) -> str:
+        """A tensor's name without the prefix, in today's spelling."""
+        tensor = tensor.removeprefix(self.prefix)
+        for old, new in self.respelled.items():
+            tensor = tensor.replace(old, new)
+        return tensor
+
+
+def _read_decoder(values: Mapping[str, Any], task: str | None, labels: Any) -> Any:
+    if task not in (None, "causal-lm") or labels is not None:
+        raise ValueError(
+            f"task={task!r} with labels={labels!r} is not supported for model_type="
+            f"{values.get('model_type')!r}. Supported: task='causal-lm', which has no labels."
+        )
+    return decoders.from_hf(values)
+
+
+# Old checkpoints carry the rotary frequencies; a tied head may be stored all the same.
+_SPARE = (r".*rotary_emb\.inv_freq$", r"lm_head\.weight$")
+_DECODER = Family(_read_decoder, Decoder, decoders.to_hf, spare=_SPARE, table=TABLE)
+
+FAMILIES: dict[str, Family] = {
+    "llama": _DECODER,
+    "mistral": _DECODER,
+    "qwen2": _DECODER,
+}
+
+
+def family_of(model_type: Any) -> Family:
+    """The family of a `model_type`.
+
+    Args:
+        model_type: as in `config.json`.
+
+    Returns:
+        The row of `FAMILIES`.
+
+    Raises:
+        ValueError: there is none.
+
+    Example:
+        >>> family_of("llama").build.__name__
+        'Decoder'
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"model_type={model_type!r} is not supported. Supported: {', '.join(FAMILIES)}."
+        )
+    return FAMILIES[model_type]
+
+
+def read_config(values: Mapping[str, Any], task: str | None = None, labels: Any = None) -> Any:
+    """The config of any supported model, from the dictionary of its `config.json`.
+
+    Args:
+        values: the parsed file.
+        task: what the model is for; None for what `architectures` in the file says.
+        labels: names of the classes, or their number; None for those in the file.
+
+    Returns:
+        The config, whose class depends on `model_type`.
+
+    Raises:
+        ValueError: the model or an option of it is not supported, or it cannot do the task.
+    """
+    return family_of(values.get("model_type")).read(values, task, labels)

@@ -1,0 +1,40 @@
+"""What every model here can do."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxpeft.models.names import Name
+
+
+class Model(nnx.Module):
+    """A Flax model whose weights have names in Hugging Face's files.
+
+    Attributes:
+        config: a frozen dataclass that describes the model in full; `config.model_type` is a key
+            of `jaxpeft.models.families.FAMILIES`.
+    """
+
+    config: Any
+
+    def names(self) -> tuple[Name, ...]:
+        """One row for each weight, in the order of the files."""
+        raise NotImplementedError
+
+    def example(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Abstract inputs of a small call that uses every weight."""
+        raise NotImplementedError
+
+    def apply(self, params: nnx.State, *inputs: Any, **kw: Any) -> Any:
+        """Call the model with these weights; a pure function of them, ready for `jit` and `grad`.
+
+        Args:
+            params: the weights, as `load` or `nnx.split` gives them.
+            *inputs: as for the call itself.
+            **kw: as for the call itself.
+
+        Returns:
+            What the call returns.
+        """
+        return nnx.merge(nnx.graphdef(self), params)(*inputs, **kw)
