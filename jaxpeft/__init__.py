@@ -10,7 +10,7 @@ from jaxpeft.core.report import MaterializeError as MaterializeError
 from jaxpeft.core.report import MaterializeWarning as MaterializeWarning
 from jaxpeft.core.rules import chain as chain
 from jaxpeft.core.rules import rules as rules
-from jaxpeft.core.sites import Site as Site
+from jaxpeft.core.site import Site as Site
 from jaxpeft.core.tap import tap as tap
 from jaxpeft.core.transform import Adapter as Adapter
 from jaxpeft.core.transform import Tuned as Tuned
@@ -28,3 +28,6 @@ from jaxpeft.methods.inits import gaussian as gaussian
 from jaxpeft.methods.inits import kaiming_uniform as kaiming_uniform
 from jaxpeft.methods.lora import lora as lora
 from jaxpeft.methods.lora import rslora as rslora
+from jaxpeft.methods.prefix import flat_prefix as flat_prefix
+from jaxpeft.methods.prefix import prefix_tuning as prefix_tuning
+from jaxpeft.methods.prompt import prompt_tuning as prompt_tuning

@@ -20,13 +20,24 @@ Values = list[Any]
 
 
 class Inner(NamedTuple):
-    """How to evaluate a program inside: `run(jaxpr, consts, args, taps)`, and the methods there."""
+    """How to evaluate a program inside.
 
-    run: Callable[[Any, Sequence[Any], Sequence[Any], Any], Values]
+    `run(jaxpr, consts, args, taps, seen)` evaluates it with the methods `taps` at work in it, and
+    puts into `seen` what their boundaries hand to other methods. `taps` are those around it, and
+    `seen` takes what was seen in it.
+    """
+
+    run: Callable[[Any, Sequence[Any], Sequence[Any], Any, dict[str, Any]], Values]
     taps: dict[str, Any]
+    seen: dict[str, Any]
 
     def __call__(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> Values:
-        return self.run(jaxpr, consts, args, self.taps)
+        return self.run(jaxpr, consts, args, self.taps, self.seen)
+
+    def apart(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], taps: Any) -> Any:
+        """The outputs, and what was seen: for a body that JAX traces on its own."""
+        seen: dict[str, Any] = {}
+        return self.run(jaxpr, consts, args, taps, seen), seen
 
 
 class Scan(NamedTuple):
@@ -94,11 +105,13 @@ def checkpoint(eqn: Any, values: Values, inner: Inner) -> Values | None:
         return None
     jaxpr, consts = open_jaxpr(eqn.params["jaxpr"])
     again = jax.checkpoint(
-        lambda args: inner(jaxpr, consts, args),
+        lambda args: inner.apart(jaxpr, consts, args, inner.taps),
         prevent_cse=eqn.params["prevent_cse"],
         policy=eqn.params["policy"],
     )
-    return again(values)
+    outs, seen = again(values)
+    inner.seen.update(seen)
+    return outs
 
 
 def cond(eqn: Any, values: Values, inner: Inner) -> Values | None:
@@ -108,7 +121,7 @@ def cond(eqn: Any, values: Values, inner: Inner) -> Values | None:
 
     def branch(closed: Any) -> Callable[[Values], Values]:
         jaxpr, consts = open_jaxpr(closed)
-        return lambda args: _dense(inner(jaxpr, consts, args))
+        return lambda args: _dense(inner.apart(jaxpr, consts, args, inner.taps)[0])
 
     return lax.switch(index, [branch(closed) for closed in eqn.params["branches"]], operands)
 
@@ -124,21 +137,22 @@ def scan(eqn: Any, values: Values, inner: Inner) -> Values | None:
     if fixed is None or any(stack is None for stack in stacks):
         return None
     layers, rebuild = _transposed(stacks)
-    stacked = {name: tap for name, tap in inner.taps.items() if tap.stack}
+    stacked = {name: tap.stacked for name, tap in inner.taps.items() if tap.stack}
 
-    def body(carry: Values, xs: tuple[Values, Any]) -> tuple[Values, Values]:
+    def body(carry: Values, xs: tuple[Values, Any]) -> tuple[Values, Any]:
         slices, taps = xs
-        here = inner.taps | {name: tap.layer() for name, tap in taps.items()}
+        here = inner.taps | {name: inner.taps[name].layer(part) for name, part in taps.items()}
         weights = [build(part) for build, part in zip(rebuild, slices, strict=True)]
         args = [*consts, *_fill(fixed, carry), *weights]
-        outs = inner.run(jaxpr, jaxpr_consts, args, here)
+        outs, seen = inner.apart(jaxpr, jaxpr_consts, args, here)
         carry_out, ys = outs[: spec.carry], outs[spec.carry :]
         ys = [y if _stacks(y) else _dense([y])[0] for y in ys]
-        return [c for c, f in zip(carry_out, fixed, strict=True) if f is None], ys
+        return [c for c, f in zip(carry_out, fixed, strict=True) if f is None], (ys, seen)
 
     start = [c for c, f in zip(init, fixed, strict=True) if f is None]
-    end, ys = lax.scan(body, start, (layers, stacked), spec.length, spec.reverse, spec.unroll)
-    return [*_fill(fixed, end), *(restack(y) for y in ys)]
+    end, out = lax.scan(body, start, (layers, stacked), spec.length, spec.reverse, spec.unroll)
+    inner.seen.update(out[1])
+    return [*_fill(fixed, end), *(restack(y) for y in out[0])]
 
 
 def while_loop(eqn: Any, values: Values, inner: Inner) -> Values | None:
@@ -153,11 +167,13 @@ def while_loop(eqn: Any, values: Values, inner: Inner) -> Values | None:
         return None
 
     def step(carry: Values) -> Values:
-        outs = inner(body, body_closed, [*body_consts, *_fill(fixed, carry)])
+        args = [*body_consts, *_fill(fixed, carry)]
+        outs, _ = inner.apart(body, body_closed, args, inner.taps)
         return [c for c, f in zip(outs, fixed, strict=True) if f is None]
 
     def go_on(carry: Values) -> Any:
-        return inner(test, test_closed, [*test_consts, *_fill(fixed, carry)])[0]
+        args = [*test_consts, *_fill(fixed, carry)]
+        return inner.apart(test, test_closed, args, inner.taps)[0][0]
 
     end = lax.while_loop(go_on, step, [c for c, f in zip(init, fixed, strict=True) if f is None])
     return _fill(fixed, end)

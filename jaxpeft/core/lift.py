@@ -69,17 +69,19 @@ def call(
     report: Report,
     taps: dict[str, Tap] | None = None,
     frozen: Any = None,
+    whole: bool = True,
 ) -> Any:
     """`f(params, *args, **kwargs)` where some leaves of `params` are structured weights.
 
     `taps` are methods by the name of the call boundary that they work at. A weight that the call
-    hands back as it came is given as it stands in `frozen`, a tree like `params`. Outside of any
-    trace the evaluation is compiled, and the program is kept for the next call.
+    hands back as it came is given as it stands in `frozen`, a tree like `params`. A `whole` call
+    must meet all taps. Outside of any trace the evaluation is compiled, and the program is kept
+    for the next call.
     """
     weights, outer = frame(params)
     inputs, inner = frame((args, kwargs))
     before = weights if frozen is None else frame(frozen)[0]
-    static, arrays = (f, outer, inner, report), (weights, inputs, taps or {}, before)
+    static, arrays = (f, outer, inner, report, whole), (weights, inputs, taps or {}, before)
     return (_compiled if _is_eager(arrays, static) else _interpreted)(*static, *arrays)
 
 
@@ -96,6 +98,7 @@ def _interpreted(
     outer: Frame,
     inner: Frame,
     report: Report,
+    whole: bool,
     weights: Values,
     inputs: Values,
     taps: dict[str, Tap],
@@ -104,7 +107,7 @@ def _interpreted(
     jaxpr, consts, out_tree = trace(f, outer, inner, weights, inputs)
     reached: set[str] = set()
     outs = evaluate(jaxpr, consts, [*weights, *inputs], Scope(report, taps, reached))
-    _check_reached(set(taps) - reached)
+    _check_reached(set(taps) - reached if whole else set())
     handed_back = {id(weight): i for i, weight in enumerate(weights)}
     outs = [before[handed_back[id(v)]] if id(v) in handed_back else v for v in outs]
     outs = [v.materialize() if isinstance(v, Structured) else v for v in outs]
@@ -119,7 +122,7 @@ def _check_reached(missing: set[str]) -> None:
         )
 
 
-_compiled = jax.jit(_interpreted, static_argnums=(0, 1, 2, 3))
+_compiled = jax.jit(_interpreted, static_argnums=(0, 1, 2, 3, 4))
 
 
 def trace(
@@ -151,6 +154,7 @@ class Scope:
         report: told of each weight that becomes dense.
         taps: methods at work at call boundaries, by name; of a stack inside a scan, one layer's.
         reached: collects the names of the boundaries that were met.
+        seen: collects what boundaries hand to methods at other ones.
         source: the line that the program was called from, for equations without one.
         env: the program's values so far.
         broadcasts: the equations that broadcast a value, by result.
@@ -160,6 +164,7 @@ class Scope:
     report: Report
     taps: dict[str, Tap] = dataclasses.field(default_factory=dict)
     reached: set[str] = dataclasses.field(default_factory=set)
+    seen: dict[str, Any] = dataclasses.field(default_factory=dict)
     source: str = ""
     env: dict[Any, Any] = dataclasses.field(default_factory=dict)
     broadcasts: dict[Any, Any] = dataclasses.field(default_factory=dict)
@@ -169,12 +174,15 @@ class Scope:
         """How the programs that an equation holds are evaluated, and the methods at work there."""
         held = {boundary.name for boundary in inside(eqn)} if self.taps else set()
 
-        def run_inside(jaxpr: Any, consts: Any, args: Any, taps: dict[str, Tap]) -> Values:
+        def run_inside(
+            jaxpr: Any, consts: Any, args: Any, taps: dict[str, Tap], seen: dict[str, Any]
+        ) -> Values:
             source = _source(eqn) or self.source
-            return evaluate(jaxpr, consts, args, Scope(self.report, taps, self.reached, source))
+            scope = Scope(self.report, taps, self.reached, seen, source)
+            return evaluate(jaxpr, consts, args, scope)
 
         taps = {name: tap for name, tap in self.taps.items() if name in held}
-        return control.Inner(run_inside, taps)
+        return control.Inner(run_inside, taps, self.seen)
 
     def read(self, atom: Any) -> Any:
         return atom.val if isinstance(atom, jex.Literal) else self.env[atom]
@@ -262,7 +270,7 @@ def _touched(eqn: Any, values: Values, scope: Scope) -> Values:
     """One equation that at least one structured weight reaches."""
     name = eqn.primitive.name
     if name == "tap":
-        return [_at_tap(eqn, values[0], scope)]
+        return [_at_tap(eqn, values, scope)]
     if name in control.RULES:
         outs = control.RULES[name](eqn, values, scope.inner(eqn))
     elif name in _LEAFWISE:
@@ -285,12 +293,24 @@ def _tapped(eqn: Any, scope: Scope) -> bool:
     return any(boundary.name in scope.taps for boundary in inside(eqn))
 
 
-def _at_tap(eqn: Any, value: Any, scope: Scope) -> Any:
+def _at_tap(eqn: Any, values: Values, scope: Scope) -> Any:
     name = eqn.params["name"]
     if name not in scope.taps:
-        return value
+        return values[0]
+    tap = scope.taps[name]
     scope.reached.add(name)
-    return scope.taps[name](_dense(eqn, value, scope))
+    unseen = [path for path in tap.reads if path not in scope.seen]
+    if unseen:
+        raise ValueError(
+            f"the method at {name!r} reads {unseen[0]!r}, which has not been computed there. "
+            "A method reads boundaries that come before its own, outside of loops around both."
+        )
+    value, *others = (_dense(eqn, value, scope) for value in values)
+    sources = dict(zip(eqn.params["sources"], others, strict=True))
+    result = tap(value, sources | {path: scope.seen[path] for path in tap.reads})
+    if tap.seen:
+        scope.seen[name] = result
+    return result
 
 
 def _check_open(eqn: Any, scope: Scope) -> None:

@@ -8,10 +8,44 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxpeft.core.rules import Chain, Rules, compile_pattern, unmatched
-from jaxpeft.core.sites import Site
+from jaxpeft.core.site import Site
+from jaxpeft.core.tap import Here
+from jaxpeft.core.virtual import Virtual
 
 Array = jax.Array
 Leaves = dict[str, Any]
+
+
+class Needs(NamedTuple):
+    """What a method wants of the call that it works in.
+
+    Attributes:
+        virtual: tokens that it puts in front of the sequence.
+        inputs: keyword arguments of `apply` that are its own, such as "task_ids".
+        reads: `(site) -> globs` of frozen parameters and of other boundaries whose values `call`
+            sees, as `here.weights` and `here.sources`.
+        attention: it works at the queries, keys or values of attentions.
+        grows: `(glob, count)`: modules inside of which sequences are `count` rows longer, the new
+            rows last.
+    """
+
+    virtual: tuple[Virtual, ...] = ()
+    inputs: tuple[str, ...] = ()
+    reads: tuple[Callable[[Site], tuple[str, ...]], ...] = ()
+    attention: bool = False
+    grows: tuple[tuple[str, int], ...] = ()
+
+
+def together(needs: Sequence[Needs]) -> Needs:
+    """The needs of several methods at once."""
+    virtual, inputs, reads, attention, grows = zip(*needs, strict=True) if needs else ((),) * 5
+    return Needs(
+        tuple(v for each in virtual for v in each),
+        tuple(dict.fromkeys(name for each in inputs for name in each)),
+        tuple(read for each in reads for read in each),
+        any(attention),
+        tuple(dict.fromkeys(grow for each in grows for grow in each)),
+    )
 
 
 class Method(NamedTuple):
@@ -25,12 +59,16 @@ class Method(NamedTuple):
             `ShapeDtypeStruct` for methods that do not look at its values.
         weight: `(site, leaves, weight, key) -> array or Structured`, the tuned weight. `key` is a
             typed PRNG key for dropout, or None.
-        call: `(site, leaves, x, key) -> x`, the tuned activations `(..., features)`. Inside a scan
-            the leaves are those of one layer.
+        call: `(site, leaves, x, here) -> x`, the tuned activations `(..., features)`; `here` is a
+            `jaxpeft.core.tap.Here`. Inside a scan the leaves are those of one layer.
         fits: `(site) -> bool`, where the method can work.
         bare: `(site) -> bool`, where it goes when given to `transform` without rules.
         options: the factory's arguments, for files and reports.
         fixed: names of leaves that are not trained.
+        shared: `{name: (key) -> leaves}`, leaves that all sites of all methods with this name have
+            in common. They stand at "shared:name" in the adapter, and as `leaves["shared"][name]`
+            in what `weight` and `call` are given.
+        needs: what else it wants of the call.
     """
 
     name: str
@@ -40,7 +78,9 @@ class Method(NamedTuple):
     bare: Callable[[Site], bool]
     options: Mapping[str, Any] = {}
     fixed: tuple[str, ...] = ()
-    call: Callable[[Site, Leaves, Any, Array | None], Any] | None = None
+    call: Callable[[Site, Leaves, Any, Here], Any] | None = None
+    shared: Mapping[str, Callable[[Array], Leaves]] = {}
+    needs: Needs = Needs()
 
 
 def tune_weight(method: Method, site: Site, leaves: Leaves, weight: Any, key: Any = None) -> Any:
@@ -132,12 +172,21 @@ def compose(methods: Sequence[Method | None]) -> Method:
             for name, method in stages.items()
         }
 
-    def tuned(site: Site, leaves: Leaves, value: Any, key: Array | None) -> Any:
+    def stage(leaves: Leaves, name: str) -> Leaves:
+        shared = leaves.get(SHARED)
+        return leaves[name] if shared is None else leaves[name] | {SHARED: shared}
+
+    def tuned(site: Site, leaves: Leaves, weight: Any, key: Array | None) -> Any:
         for name, method in stages.items():
-            stage_key = None if key is None else jax.random.fold_in(key, int(name))
-            work: Any = method.call if boundary else method.weight
-            value = work(site, leaves[name], value, stage_key)
-        return value
+            weight = tune_weight(method, site, stage(leaves, name), weight, _fold(key, name))
+        return weight
+
+    def called(site: Site, leaves: Leaves, x: Any, here: Here) -> Any:
+        for name, method in stages.items():
+            assert method.call is not None
+            at_stage = here._replace(key=_fold(here.key, name))
+            x = method.call(site, stage(leaves, name), x, at_stage)
+        return x
 
     return Method(
         name="+".join(method.name for method in stages.values()),
@@ -147,13 +196,30 @@ def compose(methods: Sequence[Method | None]) -> Method:
         bare=lambda site: True,
         options={name: method.options for name, method in stages.items()},
         fixed=tuple(f"{n}/{leaf}" for n, method in stages.items() for leaf in method.fixed),
-        call=tuned if boundary else None,
+        call=called if boundary else None,
+        shared={n: start for method in stages.values() for n, start in method.shared.items()},
+        needs=together([method.needs for method in stages.values()]),
     )
+
+
+SHARED = "shared"
+
+
+def _fold(key: Array | None, name: str) -> Array | None:
+    return None if key is None else jax.random.fold_in(key, int(name))
+
+
+def methods_of(tuning: Any) -> list[Method]:
+    """All methods of a tuning, in order; one that stands in several rules is there as often."""
+    if isinstance(tuning, Method):
+        return [tuning]
+    if isinstance(tuning, Rules):
+        return [method for _, part in tuning.pairs for method in methods_of(part)]
+    if isinstance(tuning, Chain):
+        return [method for part in tuning.tunings for method in methods_of(part)]
+    return []
 
 
 def at_boundaries(tuning: Any) -> bool:
     """Whether any method of a tuning works on activations, so that the model must be tapped."""
-    if isinstance(tuning, Method):
-        return tuning.call is not None
-    parts = tuning.tunings if isinstance(tuning, Chain) else getattr(tuning, "pairs", ())
-    return any(at_boundaries(part[1] if isinstance(tuning, Rules) else part) for part in parts)
+    return any(method.call is not None for method in methods_of(tuning))

@@ -7,7 +7,6 @@ followed through casts, transposes, slices, jits, loops and remat to the product
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,72 +16,10 @@ from jaxpeft.core import control, views
 from jaxpeft.core.frame import frame
 from jaxpeft.core.labels import Drop, Layout, Split, View
 from jaxpeft.core.lift import trace
+from jaxpeft.core.site import Site
 from jaxpeft.core.structured import Structured
 from jaxpeft.core.tap import boundaries
 from jaxpeft.core.tree import leaves_with_paths
-
-ROLES = ("stack", "batch", "in", "out")
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """One parameter and how the model uses it.
-
-    Attributes:
-        path: keys from the root joined by "/".
-        shape: of the parameter.
-        dtype: its name, such as "bfloat16".
-        roles: for each axis what products do with it: "in" (contracted, or looked up by index),
-            "out" (kept), "batch" (experts: one product an entry), "stack" (layers of a scan, taken
-            one at a time), or "" where no product reaches it.
-        uses: the products it takes part in ("dot_general", "gather", ...), in order.
-        groups: feature groups of a grouped convolution.
-        dense: primitives at which it would be materialized.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    roles: tuple[str, ...] = ()
-    uses: tuple[str, ...] = ()
-    groups: int = 1
-    dense: tuple[str, ...] = ()
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    def axes(self, *roles: str) -> tuple[int, ...]:
-        """The axes with one of these roles, in order."""
-        return tuple(axis for axis, role in enumerate(self.roles) if role in roles)
-
-    def sizes(self, *roles: str) -> tuple[int, ...]:
-        return tuple(self.shape[axis] for axis in self.axes(*roles))
-
-    @property
-    def boundary(self) -> bool:
-        """Whether it is a module's input or output, not a parameter: a path such as "attn:out"."""
-        return self.uses == ("call",)
-
-    @property
-    def linear(self) -> bool:
-        """Whether products use it as a map from some axes to others."""
-        return bool(self.axes("in")) and bool(self.axes("out"))
-
-    @property
-    def table(self) -> bool:
-        """Whether rows of it are looked up (an embedding, tied to an output head or not)."""
-        return "gather" in self.uses
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Site:
-        lists: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
-        }
-        return cls(**lists)
 
 
 @dataclasses.dataclass
@@ -93,14 +30,15 @@ class _Record:
     roles: dict[int, str] = dataclasses.field(default_factory=dict)
     uses: list[str] = dataclasses.field(default_factory=list)
     dense: list[str] = dataclasses.field(default_factory=list)
+    lookups: list[str] = dataclasses.field(default_factory=list)
     groups: int = 1
 
     def site(self, path: str, dtype: Any) -> Site:
         known = (self.roles.get(axis, "") for axis in range(len(self.shape)))
         roles = tuple(known) if self.roles else ()
-        dense = tuple(dict.fromkeys(self.dense))
+        dense, lookups = (tuple(dict.fromkeys(seen)) for seen in (self.dense, self.lookups))
         name = jnp.dtype(dtype).name
-        return Site(path, self.shape, name, roles, tuple(self.uses), self.groups, dense)
+        return Site(path, self.shape, name, roles, tuple(self.uses), self.groups, dense, lookups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +86,11 @@ class _Track:
 
 
 def discover(
-    f: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    f: Callable[..., Any],
+    params: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    names: Sequence[str] = (),
 ) -> tuple[Site, ...]:
     """The sites of `f(params, *args, **kwargs)`: every floating-point parameter, in tree order.
 
@@ -157,6 +99,7 @@ def discover(
         params: its first argument, arrays or `ShapeDtypeStruct`s.
         args: its other arguments, arrays or `ShapeDtypeStruct`s where they are arrays.
         kwargs: its keyword arguments.
+        names: of its positional arguments after the first.
 
     Returns:
         One `Site` a floating-point leaf of `params`, then one a call boundary that is tapped, of
@@ -178,18 +121,31 @@ def discover(
         for path, leaf in zip(paths, leaves, strict=True)
     ]
     tracks = [_Track.of(record) if record else None for _, _, record in weights]
-    _walk(jaxpr, [*tracks, *[None] * (len(jaxpr.invars) - len(tracks))])
+    _walk(jaxpr, [*tracks, *_ids((args, kwargs), names)])
     sites = [record.site(path, leaf.dtype) for path, leaf, record in weights if record]
     return (*sites, *_boundaries(jaxpr))
+
+
+def _ids(given: Any, names: Sequence[str]) -> list[_Ids | None]:
+    """The integer arrays among the model's inputs, by the names of its arguments."""
+    positional = dict(enumerate(names))
+    args, kwargs = given
+    named = [(positional.get(i, str(i)), arg) for i, arg in enumerate(args)]
+    return [
+        _Ids(name) if jnp.issubdtype(leaf.dtype, jnp.integer) else None
+        for name, value in [*named, *sorted(kwargs.items())]
+        for leaf in frame(value)[0]
+    ]
 
 
 def _boundaries(jaxpr: Any) -> list[Site]:
     """The first tap of each name, as a site."""
     found: dict[str, Site] = {}
     for tap in boundaries(jaxpr):
-        roles = ("stack",) * len(tap.stack) + ("in",) * len(tap.shape[-1:])
-        shape = (*tap.stack, *tap.shape[-1:])
-        site = Site(tap.name, shape, jnp.dtype(tap.dtype).name, roles, ("call",))
+        roles = ("stack",) * len(tap.stack) + ("in",) * len(tap.features)
+        shape = (*tap.stack, *tap.features)
+        dtype = jnp.dtype(tap.dtype).name
+        site = Site(tap.name, shape, dtype, roles, ("call",), sources=tap.sources)
         found.setdefault(tap.name, site)
     return list(found.values())
 
@@ -198,11 +154,29 @@ def is_weight(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _walk(jaxpr: Any, inputs: Sequence[_Track | None]) -> list[_Track | None]:
-    """Follows the parameters through a program; the tracks of its outputs."""
+@dataclasses.dataclass(frozen=True)
+class _Ids:
+    """An integer input of the model, on its way to the table that it indexes."""
+
+    name: str
+
+    def without_stack(self) -> _Ids:
+        return self
+
+
+_Tracks = Sequence[Any]
+
+# What indexing does to ids before it gathers: casts, shapes, and negative ids counted from the end.
+_OF_IDS = {"convert_element_type", "reshape", "squeeze", "broadcast_in_dim", "expand_dims", "add"}
+_OF_IDS |= {"select_n", "copy", "sharding_constraint", "optimization_barrier", "concatenate"}
+_OF_IDS |= {"slice", "dynamic_slice", "pad", "dynamic_update_slice"}
+
+
+def _walk(jaxpr: Any, inputs: _Tracks) -> list[Any]:
+    """Follows the parameters and the ids through a program; the tracks of its outputs."""
     env = {var: track for var, track in zip(jaxpr.invars, inputs, strict=True) if track}
 
-    def read(atom: Any) -> _Track | None:
+    def read(atom: Any) -> Any:
         return None if isinstance(atom, control.Literal) else env.get(atom)
 
     small: set[Any] = set()
@@ -210,11 +184,25 @@ def _walk(jaxpr: Any, inputs: Sequence[_Track | None]) -> list[_Track | None]:
         tracks = [read(atom) for atom in eqn.invars]
         if any(tracks):
             scalars = [isinstance(v, control.Literal) or v in small for v in eqn.invars]
-            outs = _step(eqn, tracks, scalars)
+            outs = _met(eqn, tracks, scalars)
             env.update((v, t) for v, t in zip(eqn.outvars, outs, strict=False) if t)
         elif eqn.primitive.name == "broadcast_in_dim":
             small.add(eqn.outvars[0])
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _met(eqn: Any, tracks: _Tracks, scalars: Sequence[bool]) -> _Tracks:
+    """One equation that a parameter or ids reach."""
+    weights = [track if isinstance(track, _Track) else None for track in tracks]
+    ids = next((track for track in tracks if isinstance(track, _Ids)), None)
+    name = eqn.primitive.name
+    if ids and name in _WALKS and (outs := _WALKS[name](eqn, tracks)) is not None:
+        return outs
+    if ids and name == "gather" and weights[0]:
+        weights[0].record.lookups.append(ids.name)
+    if any(weights):
+        return _step(eqn, weights, scalars)
+    return [ids] * len(eqn.outvars) if name in _OF_IDS else []
 
 
 def _step(
@@ -324,7 +312,7 @@ def _inline(eqn: Any, tracks: Sequence[_Track | None]) -> Any:
     return None if program is None else _walk(control.open_jaxpr(program)[0], tracks)
 
 
-def _scan(eqn: Any, tracks: Sequence[_Track | None]) -> Any:
+def _scan(eqn: Any, tracks: _Tracks) -> Any:
     spec = control.read_scan(eqn.params)
     if spec is None:
         return None
@@ -366,14 +354,3 @@ _WALKS: dict[str, Callable[[Any, Sequence[_Track | None]], Any]] = {
     name: {"cond": _cond, "scan": _scan, "while": _while}.get(name, _inline)
     for name in control.RULES
 }
-
-
-def listing(sites: Sequence[Site]) -> str:
-    """A table of sites as text, one a line."""
-    width = max((len(site.path) for site in sites), default=0)
-    rows = (
-        f"{site.path:<{width}}  {'x'.join(map(str, site.shape)):<16} {site.dtype:<9} "
-        f"{','.join(role or '-' for role in site.roles) or '-':<20} {','.join(site.uses) or '-'}"
-        for site in sites
-    )
-    return "\n".join(rows)

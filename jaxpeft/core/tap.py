@@ -7,7 +7,7 @@ every module's input and output by their doors; functions without modules call `
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,9 @@ from jaxpeft.core import control
 from jaxpeft.core.structured import node, static
 
 _tap = jex.Primitive("tap")
+
+# Sides of an attention, of shape (..., time, heads, width); others are (..., features).
+PER_HEAD = ("query", "key", "value", "context")
 
 
 def tap(x: jax.Array, name: str, **sources: jax.Array) -> jax.Array:
@@ -67,40 +70,89 @@ ad.primitive_jvps[_tap] = _jvp
 batching.primitive_batchers[_tap] = _batch
 
 
+class Here(NamedTuple):
+    """What a method sees at a call boundary besides its leaves and the activations there.
+
+    Attributes:
+        key: PRNG key of this site and layer for dropout, or None.
+        sources: further activations by name: those that the tap carries (`input` at a module's
+            output), and those that the method reads from other boundaries, by their names.
+        weights: the frozen parameters that the method reads, by path; of this layer in a scan.
+        inputs: keyword arguments of `apply` that are the method's own, such as `task_ids`.
+    """
+
+    key: jax.Array | None = None
+    sources: Mapping[str, Any] = {}
+    weights: Mapping[str, Any] = {}
+    inputs: Mapping[str, Any] = {}
+
+
 @node
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tap:
-    """A method at work at one call boundary; `stack` leading axes of its arrays are layers."""
+    """A method at work at one call boundary; `stack` leading axes of its arrays are layers.
 
-    leaves: Any
+    `leaves`, `key` and `weights` are stacked over layers, `shared` and `inputs` are not. A tap
+    without a `call` only hands what it marks to the taps whose `reads` name it.
+    """
+
+    leaves: Any = None
     key: Any = None
+    weights: Any = dataclasses.field(default_factory=dict)
+    shared: Any = dataclasses.field(default_factory=dict)
+    inputs: Any = dataclasses.field(default_factory=dict)
     site: Any = static(default=None)
-    call: Callable[..., Any] = static(default=None)
+    call: Callable[..., Any] | None = static(default=None)
     stack: int = static(default=0)
+    reads: tuple[str, ...] = static(default=())
+    seen: bool = static(default=False)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.call(self.site, self.leaves, x, self.key).astype(x.dtype)
+    def __call__(self, x: jax.Array, sources: Mapping[str, Any]) -> jax.Array:
+        if self.call is None:
+            return x
+        here = Here(self.key, sources, self.weights, self.inputs)
+        leaves = {**self.leaves, "shared": self.shared} if self.shared else self.leaves
+        return self.call(self.site, leaves, x, here).astype(x.dtype)
 
-    def layer(self) -> Tap:
-        """The same method inside a scan over its layers, which has taken a slice of the arrays."""
-        return dataclasses.replace(self, stack=self.stack - 1)
+    @property
+    def stacked(self) -> Any:
+        """The arrays that a scan over layers takes one slice of a step."""
+        return self.leaves, self.key, self.weights
+
+    def layer(self, stacked: Any) -> Tap:
+        """The same method inside such a scan, with that slice."""
+        leaves, key, weights = stacked
+        return dataclasses.replace(
+            self, leaves=leaves, key=key, weights=weights, stack=self.stack - 1
+        )
 
 
 class Boundary(NamedTuple):
-    """A tap in a program: its name, the layers of the scans around it, what it marks."""
+    """A tap in a program: its name, the layers of the scans around it, what it marks.
+
+    `sources` are the names and widths of the further activations that it carries.
+    """
 
     name: str
     stack: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: Any
+    sources: tuple[tuple[str, int], ...]
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """The last axis; inside an attention the last two, heads and their width."""
+        return self.shape[-2:] if self.name.rpartition(":")[2] in PER_HEAD else self.shape[-1:]
 
 
 def boundaries(jaxpr: Any, stack: tuple[int, ...] = ()) -> Iterator[Boundary]:
     """The taps of a program, those of programs inside it included, in order of appearance."""
     for eqn in jaxpr.eqns:
         if eqn.primitive is _tap:
-            aval = eqn.invars[0].aval
-            yield Boundary(eqn.params["name"], stack, aval.shape, aval.dtype)
+            aval, *others = (atom.aval for atom in eqn.invars)
+            widths = (other.shape[-1] if other.shape else 1 for other in others)
+            sources = tuple(zip(eqn.params["sources"], widths, strict=True))
+            yield Boundary(eqn.params["name"], stack, aval.shape, aval.dtype, sources)
         yield from inside(eqn, stack)
 
 

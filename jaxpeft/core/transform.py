@@ -3,70 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxpeft.core import lift as lifting
-from jaxpeft.core.method import Leaves, Method, resolve, tune_weight
+from jaxpeft.core import virtual as virtuals
+from jaxpeft.core.adapter import Adapter as Adapter
+from jaxpeft.core.adapter import Sites as Sites
+from jaxpeft.core.adapter import is_shared, shared_inits, shared_site
+from jaxpeft.core.method import SHARED, Method, methods_of, resolve, together, tune_weight
 from jaxpeft.core.report import refuse, warn
-from jaxpeft.core.rules import nearest
-from jaxpeft.core.sites import Site, discover, listing
+from jaxpeft.core.rules import compile_pattern, nearest, unmatched
+from jaxpeft.core.site import Site
+from jaxpeft.core.sites import discover
 from jaxpeft.core.structured import Structured, Sum, dense
 from jaxpeft.core.tap import Tap
 from jaxpeft.core.tree import leaves_with_paths
 
 Array = jax.Array
-
-
-class Sites(tuple[Site, ...]):
-    """The sites of an adapter. Hashed once, as it is looked at in every call of a jitted step."""
-
-    def __hash__(self) -> int:
-        if not hasattr(self, "_hash"):
-            self._hash = super().__hash__()
-        return self._hash
-
-    def __str__(self) -> str:
-        return listing(self)
-
-
-@jax.tree_util.register_pytree_with_keys_class
-class Adapter(Mapping[str, Leaves]):
-    """The trainable partition: `{site path: {leaf name: array}}`, a pytree of arrays.
-
-    What is known of each site travels along as static metadata, `adapter.sites`, so that `merge`
-    and files need no example inputs.
-    """
-
-    def __init__(self, leaves: Mapping[str, Leaves], sites: Sequence[Site]):
-        self._leaves = dict(sorted(leaves.items()))
-        self.sites = sites if isinstance(sites, Sites) else Sites(sites)
-
-    def __getitem__(self, path: str) -> Leaves:
-        return self._leaves[path]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._leaves)
-
-    def __len__(self) -> int:
-        return len(self._leaves)
-
-    def __repr__(self) -> str:
-        count = sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(self))
-        return f"Adapter({len(self)} sites, {count:,} parameters)"
-
-    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        keyed = [(jax.tree_util.DictKey(path), leaves) for path, leaves in self._leaves.items()]
-        return keyed, (tuple(self._leaves), self.sites)
-
-    @classmethod
-    def tree_unflatten(cls, static: Any, children: Any) -> Adapter:
-        paths, sites = static
-        return cls(dict(zip(paths, children, strict=True)), sites)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +38,14 @@ class Tuned:
         tuning: a method, `rules(...)` or `chain(...)`.
         strict: raise where a weight would be materialized.
         head: path of the output head where the model says which one it is, else None.
+        names: `(kwargs) -> names` of the positional arguments of the model's call after params.
     """
 
     fn: Callable[..., Any]
     tuning: Any
     strict: bool = False
     head: str | None = None
+    names: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda kwargs: ()
 
     def init(self, key: Array, params: Any, *inputs: Any, **kwargs: Any) -> Adapter:
         """A fresh adapter, which changes nothing yet.
@@ -103,16 +65,24 @@ class Tuned:
         key = typed_key(key)
         sites = self.sites(params, *inputs, **kwargs)
         chosen = resolve(self.tuning, sites, self.head)
-        weights = dict(leaves_with_paths(params)[0])
-        by_path = {site.path: site for site in sites}
+        weights = dict(leaves_with_paths(params, is_leaf=_is_structured)[0])
+        by_path = {site.path: _reading(site, chosen, sites) for site in sites}
         leaves = {
             path: method.init(site_key(key, path), by_path[path], weights.get(path))
             for path, method in chosen.items()
         }
-        return Adapter(leaves, [by_path[path] for path in chosen])
+        shared = {path: f(site_key(key, path)) for path, f in shared_inits(chosen).items()}
+        common = [shared_site(path.partition(":")[2]) for path in shared]
+        return Adapter(leaves | shared, [by_path[path] for path in chosen] + common)
 
     def apply(
-        self, adapter: Adapter, params: Any, *inputs: Any, dropout_key: Any = None, **kwargs: Any
+        self,
+        adapter: Adapter,
+        params: Any,
+        *inputs: Any,
+        dropout_key: Any = None,
+        virtual: str = "cut",
+        **kwargs: Any,
     ) -> Any:
         """The model's own call with the adapter in it: same arguments, same outputs.
 
@@ -121,7 +91,10 @@ class Tuned:
             params: the frozen params, arrays or structured weights.
             *inputs: the model's inputs.
             dropout_key: PRNG key of the adapter's dropout; None means no dropout.
-            **kwargs: keyword arguments of the model's call.
+            virtual: where the virtual tokens of prompts and prefixes are. "cut": put in front of
+                these tokens and cut from the outputs. "keep": put in front, and the outputs keep
+                them. "held": the cache that this call continues holds them already.
+            **kwargs: keyword arguments of the model's call, and of methods (`task_ids`).
 
         Returns:
             What the model returns.
@@ -130,10 +103,27 @@ class Tuned:
             ValueError: if the adapter does not belong to these params.
         """
         chosen = self._methods(adapter)
+        needs = together([method.needs for method in chosen.values()])
+        own = {name: kwargs.pop(name, None) for name in needs.inputs}
         weights = self._weights(chosen, adapter, params, dropout_key)
-        taps = self._taps(chosen, adapter, dropout_key)
+        taps = self._taps(chosen, adapter, params, dropout_key, own)
+        fn, front = self._lengthened(chosen, adapter, virtual, own, kwargs)
         report = refuse if self.strict else warn
-        return lifting.call(self.fn, weights, inputs, kwargs, report, taps, params)
+        # A method of the model other than its call may well pass by some of the boundaries.
+        whole = kwargs.get("method") is None and virtual == "cut"
+        return lifting.call(fn, weights, (*front, *inputs), kwargs, report, taps, params, whole)
+
+    def decode(self, adapter: Adapter, params: Any, *inputs: Any, **kwargs: Any) -> Any:
+        """`apply` for tokens that continue a cache: virtual tokens are in front of it already."""
+        return self.apply(adapter, params, *inputs, virtual="held", **kwargs)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Virtual tokens in front of a sequence, which take slots of a cache."""
+        needs = together([method.needs for method in methods_of(self.tuning)])
+        found = dict.fromkeys(needs.virtual)
+        prefix = max((virtual.count for virtual in found if virtual.rows is None), default=0)
+        return prefix + sum(virtual.count for virtual in found if virtual.rows is not None)
 
     def merge(self, adapter: Adapter, params: Any) -> Any:
         """Plain params for the plain model, with the adapter baked in.
@@ -164,12 +154,18 @@ class Tuned:
     def trainable(self, adapter: Adapter) -> Adapter:
         """A mask over the adapter, False at parts that stay fixed; for `optax.masked`."""
         chosen = self._methods(adapter)
-        marks = {path: _marks(leaves, chosen[path]) for path, leaves in adapter.items()}
+        fixed = {leaf for method in chosen.values() for leaf in method.fixed}
+        marks = {
+            path: _marks(leaves, chosen[path].fixed if path in chosen else fixed, f"{path}/")
+            for path, leaves in adapter.items()
+        }
         return Adapter(marks, adapter.sites)
 
     def sites(self, params: Any, *inputs: Any, **kwargs: Any) -> Sites:
         """Every parameter and how the model uses it. Print it to see the paths that rules match."""
-        return Sites(discover(self.fn, params, inputs, kwargs))
+        own = together([method.needs for method in methods_of(self.tuning)]).inputs
+        kwargs = {name: value for name, value in kwargs.items() if name not in own}
+        return Sites(discover(self.fn, params, inputs, kwargs, self.names(kwargs)))
 
     def _methods(self, adapter: Any) -> dict[str, Method]:
         """The method at each of the adapter's sites."""
@@ -178,8 +174,10 @@ class Tuned:
                 f"expected an adapter of `tuned.init` or `load_adapter`, got "
                 f"{type(adapter).__name__}. The call is tuned.apply(adapter, params, *inputs)."
             )
-        chosen = resolve(self.tuning, adapter.sites, self.head, whole=False)
-        foreign = [path for path in adapter if path not in chosen]
+        sites = [site for site in adapter.sites if not is_shared(site)]
+        chosen = resolve(self.tuning, sites, self.head, whole=False)
+        common = shared_inits(chosen)
+        foreign = [path for path in adapter if path not in chosen and path not in common]
         if foreign:
             raise ValueError(
                 f"the adapter has {foreign[0]!r}, which this tuning leaves alone. Was the tuning "
@@ -189,29 +187,96 @@ class Tuned:
 
     def _weights(self, chosen: dict[str, Method], adapter: Adapter, params: Any, key: Any) -> Any:
         """`params` with tuned weights in their places."""
-        pairs, tree = leaves_with_paths(params, is_leaf=lambda x: isinstance(x, Structured))
-        sites = {site.path: site for site in adapter.sites if not chosen[site.path].call}
+        pairs, tree = leaves_with_paths(params, is_leaf=_is_structured)
+        sites = {s.path: s for s in adapter.sites if s.path in chosen and not chosen[s.path].call}
         _check(sites, dict(pairs))
 
         def tuned(path: str, leaf: Any) -> Any:
             if path not in sites:
                 return leaf
             at_site = None if key is None else site_key(typed_key(key), path)
-            return named(tune_weight(chosen[path], sites[path], adapter[path], leaf, at_site), path)
+            leaves = adapter[path] | _shared(chosen[path], adapter)
+            return named(tune_weight(chosen[path], sites[path], leaves, leaf, at_site), path)
 
         return tree.unflatten([tuned(path, leaf) for path, leaf in pairs])
 
-    def _taps(self, chosen: dict[str, Method], adapter: Adapter, key: Any) -> dict[str, Tap]:
+    def _taps(
+        self, chosen: dict[str, Method], adapter: Adapter, params: Any, key: Any, own: Any
+    ) -> dict[str, Tap]:
         """The methods at call boundaries, by name, with their arrays."""
-        taps = {}
-        for site in adapter.sites:
-            if call := chosen[site.path].call:
-                stack, keys = site.sizes("stack"), None
-                if key is not None:
-                    keys = site_key(typed_key(key), site.path)
-                    keys = jax.random.split(keys, stack) if stack else keys
-                taps[site.path] = Tap(adapter[site.path], keys, site, call, len(stack))
+        sites = [s for s in adapter.sites if s.path in chosen and chosen[s.path].call]
+        read = {path for site in sites for path in site.reads}
+        frozen = _read_weights(params, read) if read else {}
+        taps = {path: Tap(seen=True) for path in read if path not in frozen}
+        for site in sites:
+            method, stack, keys = chosen[site.path], site.sizes("stack"), None
+            if key is not None:
+                keys = site_key(typed_key(key), site.path)
+                keys = jax.random.split(keys, stack) if stack else keys
+            taps[site.path] = Tap(
+                adapter[site.path],
+                keys,
+                {path: frozen[path] for path in site.reads if path in frozen},
+                _shared(method, adapter).get(SHARED, {}),
+                {name: own[name] for name in method.needs.inputs},
+                site=site,
+                call=method.call,
+                stack=len(stack),
+                reads=tuple(path for path in site.reads if path not in frozen),
+                seen=site.path in read,
+            )
         return taps
+
+    def _lengthened(
+        self, chosen: dict[str, Method], adapter: Adapter, mode: str, own: Any, kwargs: Any
+    ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """The model with virtual tokens in front, and what it takes in front of its inputs."""
+        if mode not in virtuals.MODES:
+            raise ValueError(f"virtual={mode!r} is none of {virtuals.MODES}.")
+        found = [
+            (site.path, site.shape[0] if site.shape else 0, virtual)
+            for site in adapter.sites
+            if site.path in chosen
+            for virtual in chosen[site.path].needs.virtual
+        ]
+        if not found or mode == "held":
+            return self.fn, ()
+        blocks = virtuals.fronts(found)
+        fn = virtuals.Lengthened(self.fn, blocks, self.names(kwargs), mode == "cut")
+        return fn, ({front.virtual.task: own.get(front.virtual.task) for front in blocks},)
+
+
+def _is_structured(leaf: Any) -> bool:
+    return isinstance(leaf, Structured)
+
+
+def _shared(method: Method, adapter: Adapter) -> dict[str, Any]:
+    """The leaves that a method has in common with other sites, as it finds them."""
+    names = method.shared
+    return {SHARED: {name: adapter[shared_site(name).path] for name in names}} if names else {}
+
+
+def _reading(site: Site, chosen: Mapping[str, Method], sites: Sequence[Site]) -> Site:
+    """The site with the paths of the parameters and boundaries that its method reads."""
+    method = chosen.get(site.path)
+    if method is None or not method.needs.reads:
+        return site
+    found: list[str] = []
+    for glob in (glob for read in method.needs.reads for glob in read(site)):
+        matches = compile_pattern(glob)
+        hits = [other.path for other in sites if matches(other.path, other)]
+        if not hits:
+            raise ValueError(
+                f"`{method.name}` at {site.path!r} reads {glob!r}: "
+                + unmatched(glob, [other.path for other in sites], "parameters and boundaries")
+            )
+        found += hits
+    return dataclasses.replace(site, reads=tuple(dict.fromkeys(found)))
+
+
+def _read_weights(params: Any, paths: Any) -> dict[str, Any]:
+    pairs = leaves_with_paths(params, is_leaf=_is_structured)[0]
+    return {path: dense(leaf) for path, leaf in pairs if path in paths}
 
 
 def named(weight: Any, path: str) -> Any:
@@ -233,10 +298,14 @@ def site_key(key: Array, path: str) -> Array:
     return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
 
 
-def _marks(leaves: Any, method: Method, prefix: str = "") -> Any:
+def _marks(leaves: Any, fixed: Any, path: str, prefix: str = "") -> Any:
+    """True at the leaves to train; `fixed` has names of leaves, or of those at shared sites."""
     if isinstance(leaves, Mapping):
-        return {name: _marks(leaf, method, f"{prefix}/{name}") for name, leaf in leaves.items()}
-    return prefix.lstrip("/") not in method.fixed
+        return {
+            name: _marks(leaf, fixed, path, f"{prefix}/{name}") for name, leaf in leaves.items()
+        }
+    name = prefix.lstrip("/")
+    return name not in fixed and path + name not in fixed
 
 
 def _check(sites: Mapping[str, Site], weights: Mapping[str, Any]) -> None:
@@ -259,7 +328,33 @@ def _check(sites: Mapping[str, Site], weights: Mapping[str, Any]) -> None:
 
 
 def transform(
-    fn: Callable[..., Any], tuning: Any, *, strict: bool = False, head: str | None = None
+    fn: Callable[..., Any],
+    tuning: Any,
+    *,
+    strict: bool = False,
+    head: str | None = None,
+    names: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None,
 ) -> Tuned:
     """A tuned version of a pure function of `(params, *inputs)`; see `jaxpeft.transform`."""
-    return Tuned(fn, tuning, strict, head)
+    return Tuned(fn, tuning, strict, head, names or _Names(argument_names(fn)[1:]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Names:
+    """The names of positional arguments, where no keyword argument changes them."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+        return self.names
+
+
+@functools.lru_cache(maxsize=256)
+def argument_names(fn: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a function's positional arguments; none where Python cannot tell."""
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in parameters if p.kind in kinds)

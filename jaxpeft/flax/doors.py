@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen, nnx
 
-from jaxpeft.core.method import at_boundaries
-from jaxpeft.core.transform import Tuned
+from jaxpeft.core.method import at_boundaries, methods_of, together
+from jaxpeft.core.transform import Tuned, argument_names
 from jaxpeft.core.transform import transform as transform_function
+from jaxpeft.flax.graph import nnx_function
 from jaxpeft.flax.linen import linen_function
-from jaxpeft.flax.nnx import nnx_function
+from jaxpeft.flax.mark import Marks
 
 
 def transform(model: Any, tuning: Any, *, strict: bool = False) -> Tuned:
@@ -40,18 +42,48 @@ def transform(model: Any, tuning: Any, *, strict: bool = False) -> Tuned:
         >>> bool((tuned.apply(adapter, params, x) == model.apply(params, x)).all())
         True
     """
-    fn = as_function(model, tapped=at_boundaries(tuning))
-    return transform_function(fn, tuning, strict=strict, head=getattr(model, "output_head", None))
+    head = getattr(model, "output_head", None)
+    fn = as_function(model, marks_for(tuning))
+    return transform_function(fn, tuning, strict=strict, head=head, names=argument_namer(model))
 
 
-def as_function(model: Any, *, tapped: bool = False) -> Callable[..., Any]:
-    """A model as a pure function of `(params, *inputs, **kwargs)`, its modules tapped if asked."""
+def marks_for(tuning: Any) -> Marks | None:
+    """How a model must be marked for a tuning; None if it is not."""
+    needs = together([method.needs for method in methods_of(tuning)])
+    return Marks(needs.grows, needs.attention) if at_boundaries(tuning) else None
+
+
+def as_function(model: Any, marks: Marks | None = None) -> Callable[..., Any]:
+    """A model as a pure function of `(params, *inputs, **kwargs)`, its modules marked if asked."""
     if isinstance(model, linen.Module):
-        return linen_function(model, tapped=tapped)
-    if isinstance(model, nnx.Module):
-        return nnx_function(model, tapped=tapped)
-    if callable(model):
-        return model
-    raise TypeError(
-        f"a model is a linen module, an nnx module or a function f(params, *inputs), got {model!r}."
-    )
+        fn = linen_function(model, marks)
+    elif isinstance(model, nnx.Module):
+        fn = nnx_function(model, marks)
+    elif callable(model):
+        fn = model
+    else:
+        raise TypeError(
+            "a model is a linen module, an nnx module or a function f(params, *inputs), got "
+            f"{model!r}."
+        )
+    if marks and marks.attention:
+        from jaxpeft.core.attention import mark_attention
+
+        return mark_attention(fn)
+    return fn
+
+
+def argument_namer(model: Any) -> Callable[[Mapping[str, Any]], tuple[str, ...]] | None:
+    """The names of the positional arguments of a module's call, or of the `method` called."""
+    return _Namer(type(model)) if isinstance(model, linen.Module | nnx.Module) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Namer:
+    module: type
+
+    def __call__(self, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+        method = kwargs.get("method") or self.module.__call__
+        method = getattr(self.module, method) if isinstance(method, str) else method
+        bound = hasattr(method, "__self__")
+        return argument_names(method)[0 if bound else 1 :]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from flax import linen
 
-from jaxpeft.flax.mark import mark_call
+from jaxpeft.flax.mark import Marks, mark_call
 
 
-def linen_function(module: linen.Module, *, tapped: bool = False) -> Callable[..., Any]:
+def linen_function(module: linen.Module, marks: Marks | None = None) -> Callable[..., Any]:
     """`module.apply` as a function of `(variables, *inputs, **kwargs)`.
 
-    With `tapped`, the input and the output of every submodule's call are marked by its path,
+    With `marks`, the input and the output of every submodule's call are marked by its path,
     "layers/attn:in" and "layers/attn:out"; the module's own are ":in" and ":out".
     """
 
@@ -25,14 +26,17 @@ def linen_function(module: linen.Module, *, tapped: bool = False) -> Callable[..
         out, state = out
         return out, {name: variables[name] if name == "params" else state[name] for name in state}
 
+    if marks is None:
+        return call
+
     def call_marked(variables: Any, *inputs: Any, **kwargs: Any) -> Any:
-        with linen.intercept_methods(_marked_call):
+        with linen.intercept_methods(functools.partial(_marked_call, marks)):
             return call(variables, *inputs, **kwargs)
 
-    return call_marked if tapped else call
+    return call_marked
 
 
-def _marked_call(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
+def _marked_call(marks: Marks, run: Any, args: Any, kwargs: Any, context: Any) -> Any:
     if context.method_name != "__call__":
         return run(*args, **kwargs)
-    return mark_call(run, "/".join(context.module.path), args, kwargs)
+    return mark_call(run, "/".join(context.module.path), args, kwargs, marks)

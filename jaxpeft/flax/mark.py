@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxpeft.core.rules import compile_pattern
 from jaxpeft.core.tap import tap
+
+
+class Marks(NamedTuple):
+    """What to mark in a model beside the inputs and outputs of its modules.
+
+    Attributes:
+        grows: `(glob, count)`: modules inside of which sequences have `count` more rows at the end.
+        attention: whether the attentions are marked too.
+    """
+
+    grows: tuple[tuple[str, int], ...] = ()
+    attention: bool = False
+
+    def rows(self, path: str) -> int:
+        """Rows that sequences are longer inside the module at `path` than around it."""
+        return sum(count for glob, count in self.grows if compile_pattern(glob)(path, None))
 
 
 class Point(nnx.Module):
@@ -29,12 +46,13 @@ class Point(nnx.Module):
         return x
 
 
-def mark_call(run: Callable[..., Any], path: str, args: Any, kwargs: Any) -> Any:
+def mark_call(run: Callable[..., Any], path: str, args: Any, kwargs: Any, marks: Marks) -> Any:
     """A module's call with its first floating-point input and output tapped; masks, ids stay."""
-    args = _mark(args, f"{path}:in", {})
-    found = _first(args)
+    rows = marks.rows(path)
+    args = _first(args, lambda x: tap(_grown(x, rows), f"{path}:in"))
+    found = next((leaf for leaf in jax.tree.leaves(args) if _is_activation(leaf)), None)
     given = {} if found is None else {"input": found}
-    return _mark(run(*args, **kwargs), f"{path}:out", given)
+    return _first(run(*args, **kwargs), lambda x: _cut(tap(x, f"{path}:out", **given), rows))
 
 
 def mark_point(path: str, x: jax.Array, sources: dict[str, Any]) -> jax.Array:
@@ -43,18 +61,25 @@ def mark_point(path: str, x: jax.Array, sources: dict[str, Any]) -> jax.Array:
     return tap(x, f"{parent}:{name}", **{k: v() if callable(v) else v for k, v in sources.items()})
 
 
-def _mark(values: Any, name: str, sources: dict[str, jax.Array]) -> Any:
+def _first(values: Any, f: Callable[[jax.Array], jax.Array]) -> Any:
+    """`values` with `f` of the first activations among them."""
     leaves, tree = jax.tree.flatten(values)
     for i, leaf in enumerate(leaves):
         if _is_activation(leaf):
-            leaves[i] = tap(leaf, name, **sources)
+            leaves[i] = f(leaf)
             break
     return jax.tree.unflatten(tree, leaves)
 
 
-def _first(values: Any) -> jax.Array | None:
-    return next((leaf for leaf in jax.tree.leaves(values) if _is_activation(leaf)), None)
+def _grown(x: jax.Array, rows: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, rows), (0, 0)]) if rows else x
+
+
+def _cut(x: jax.Array, rows: int) -> jax.Array:
+    return x[..., :-rows, :] if rows else x
 
 
 def _is_activation(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and leaf.ndim > 0 and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return (
+        isinstance(leaf, jax.Array) and leaf.ndim > 0 and jnp.issubdtype(leaf.dtype, jnp.floating)
+    )

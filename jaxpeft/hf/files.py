@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxpeft.core.sites import ROLES, Site
+from jaxpeft.core.site import ROLES, Site
 
 
 def write_directory(directory: Path, names: Sequence[str], write: Callable[[Path], None]) -> None:

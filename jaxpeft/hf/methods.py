@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.core.method import Leaves, Method, tune_weight
-from jaxpeft.core.sites import Site
+from jaxpeft.core.site import Site
 from jaxpeft.core.structured import dense
 from jaxpeft.methods.full import full
 from jaxpeft.methods.lora import lora

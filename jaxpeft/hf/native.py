@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpeft.methods
+from jaxpeft.core.adapter import is_shared, shared_inits
 from jaxpeft.core.method import Method, compose, resolve
-from jaxpeft.core.sites import Site
+from jaxpeft.core.site import Site
 from jaxpeft.core.transform import Adapter, Tuned
 from jaxpeft.core.tree import leaves_with_paths
 from jaxpeft.flax import transform
@@ -54,12 +55,13 @@ def save(path: str | Path, adapter: Adapter, tuned: Tuned) -> None:
         >>> tuned, adapter = jp.load("adapter.safetensors", model)  # doctest: +SKIP
     """
     path = Path(path)
-    chosen = resolve(tuned.tuning, adapter.sites, tuned.head, whole=False)
+    own = [site for site in adapter.sites if not is_shared(site)]
+    chosen = resolve(tuned.tuning, own, tuned.head, whole=False)
     tensors = _named(adapter)
     notes = {
         "version": VERSION,
         "sites": [site.to_json() for site in adapter.sites],
-        "methods": {site: describe(chosen[site]) for site in adapter},
+        "methods": {site.path: describe(chosen[site.path]) for site in own},
         "sha256": _digest(tensors),
     }
     metadata = {_KEY: json.dumps(notes, sort_keys=True)}
@@ -90,7 +92,8 @@ def load(path: str | Path, model: Any, *, tuning: Any = None) -> tuple[Tuned, Ad
     notes = _read_notes(path, metadata)
     if notes["sha256"] != _digest(tensors):
         raise ValueError(f"{path} is damaged: its tensors have another SHA-256 than when saved.")
-    sites, described = _parse(path, notes)
+    everywhere, described = _parse(path, notes)
+    sites = [site for site in everywhere if not is_shared(site)]
     if tuning is None:
         chosen = {site.path: _build(path, site, described[site.path]) for site in sites}
         tuned = transform(model, at_paths(chosen))
@@ -98,8 +101,10 @@ def load(path: str | Path, model: Any, *, tuning: Any = None) -> tuple[Tuned, Ad
         tuned = transform(model, tuning)
         chosen = resolve(tuning, sites, tuned.head, whole=False)
         _check_tuning(path, chosen, described)
-    expected = Adapter({s.path: _shapes(path, chosen[s.path], s) for s in sites}, sites)
-    return tuned, _filled(path, expected, tensors)
+    shapes = {site.path: _shapes(path, chosen[site.path], site) for site in sites}
+    key = jax.random.key(0)
+    shapes |= {at: jax.eval_shape(start, key) for at, start in shared_inits(chosen).items()}
+    return tuned, _filled(path, Adapter(shapes, everywhere), tensors)
 
 
 def _named(adapter: Adapter) -> dict[str, Any]:
@@ -162,6 +167,7 @@ def _parse(path: Path, notes: Mapping[str, Any]) -> tuple[list[Site], dict[str, 
                 "options": dict(notes["methods"][site.path]["options"]),
             }
             for site in sites
+            if not is_shared(site)
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: a site cannot be read ({error!r}).") from error

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxpeft.core.method import Leaves, Method, compose
 from jaxpeft.core.rules import rules
-from jaxpeft.core.sites import Site
+from jaxpeft.core.site import Site
 from jaxpeft.core.transform import Adapter, Tuned
 from jaxpeft.core.tree import leaves_with_paths
 from jaxpeft.flax import transform

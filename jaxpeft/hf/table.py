@@ -10,7 +10,7 @@ from typing import Any
 from flax import nnx
 
 from jaxpeft.core.rules import nearest
-from jaxpeft.core.sites import Site
+from jaxpeft.core.site import Site
 from jaxpeft.core.transform import Adapter
 from jaxpeft.flax import transform
 from jaxpeft.methods.full import full

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpeft.core.sites import Site
+from jaxpeft.core.site import Site
 from jaxpeft.core.transform import Adapter, Tuned
 from jaxpeft.hf.collect import Found, Pair, PeftFormatError, collect, stages_at
 from jaxpeft.hf.config import CONFIG, WEIGHTS, Options, full_config

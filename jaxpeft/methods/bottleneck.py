@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.core.method import Leaves, Method
-from jaxpeft.core.sites import Site
+from jaxpeft.core.site import Site
+from jaxpeft.core.tap import Here
 
 
 def bottleneck(
@@ -68,14 +69,14 @@ def bottleneck(
             "up_bias": jnp.zeros((*stack, features), dtype),
         }
 
-    def call(site: Site, leaves: Leaves, h: jax.Array, key: jax.Array | None) -> jax.Array:
+    def call(site: Site, leaves: Leaves, h: jax.Array, here: Here) -> jax.Array:
         del site
         down, down_bias, up, up_bias = (
             leaves[name].astype(h.dtype) for name in ("down", "down_bias", "up", "up_bias")
         )
         seen = h
-        if key is not None and dropout:
-            keep = jax.random.bernoulli(key, 1.0 - dropout, h.shape)
+        if here.key is not None and dropout:
+            keep = jax.random.bernoulli(here.key, 1.0 - dropout, h.shape)
             seen = jnp.where(keep, h / (1.0 - dropout), 0.0)
         return h + f(seen @ down.T + down_bias) @ up + up_bias
 

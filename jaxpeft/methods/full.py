@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.core.method import Leaves, Method
-from jaxpeft.core.sites import Site
+from jaxpeft.core.site import Site
 from jaxpeft.core.structured import dense
 
 

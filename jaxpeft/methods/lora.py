@@ -21,7 +21,7 @@ from jaxpeft.core.einsum import Einsum
 from jaxpeft.core.labels import Layout
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.sharding import inherit
-from jaxpeft.core.sites import Site
+from jaxpeft.core.site import Site
 from jaxpeft.core.structured import Sum
 from jaxpeft.methods.inits import kaiming_uniform
 

@@ -6,7 +6,8 @@ import pytest
 from jax import lax
 
 import jaxpeft as jp
-from jaxpeft.core.sites import Site, discover
+from jaxpeft.core.site import Site
+from jaxpeft.core.sites import discover
 from tests.cases import CASES
 
 

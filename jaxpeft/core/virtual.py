@@ -1,0 +1,206 @@
+"""Virtual tokens: a call with placeholders in front of its tokens, and its outputs without them.
+
+Prompt and prefix methods keep the model as it is. Its token ids, masks and positions are
+lengthened before the call, a method gives the placeholders their meaning inside, and what the
+placeholders added to the outputs is cut off again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+# Argument names of models in the wild; those of a decoder behind an encoder have a prefix.
+TOKENS = ("tokens", "input_ids", "inputs", "ids", "token_ids", "input_tokens", "last_tokens", "x")
+MASKS = ("mask", "attention_mask", "padding_mask", "input_mask", "attn_mask", "pad_mask")
+POSITIONS = ("positions", "position_ids", "pos", "input_positions", "segment_pos")
+DECODER = "decoder_"
+MODES = ("cut", "keep", "held")
+
+
+class Virtual(NamedTuple):
+    """The virtual tokens of a method.
+
+    Attributes:
+        count: tokens in front of each sequence.
+        rows: rows that the method adds to the table of the embedding: `count` a task. None for
+            placeholders whose embedding does not matter.
+        task: the keyword argument of `apply` that chooses among the rows, `int32[B]`; "" for none.
+        names: the model's arguments, where they have unusual names: `(("tokens", name), ...)` with
+            keys "tokens", "mask" and "positions".
+        both: whether the tokens of a decoder behind an encoder are lengthened too.
+    """
+
+    count: int
+    rows: int | None = None
+    task: str = ""
+    names: tuple[tuple[str, str], ...] = ()
+    both: bool = False
+
+
+class Front(NamedTuple):
+    """One block of virtual tokens in a call: its `Virtual`, and the id of the first added row."""
+
+    virtual: Virtual
+    start: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengthened:
+    """`fn` with virtual tokens; called with the ids' choices by name in front of the inputs."""
+
+    fn: Callable[..., Any]
+    fronts: tuple[Front, ...]
+    names: tuple[str, ...]
+    cut: bool
+
+    def __call__(self, params: Any, chosen: Mapping[str, Any], *inputs: Any, **kwargs: Any) -> Any:
+        positional = dict(enumerate(self.names))
+        named = {positional.get(i, str(i)): value for i, value in enumerate(inputs)} | kwargs
+        longer = lengthen(named, self.fronts, chosen)
+        outs = self.fn(
+            params,
+            *(longer[positional.get(i, str(i))] for i in range(len(inputs))),
+            **{name: longer[name] for name in kwargs},
+        )
+        if not self.cut:
+            return outs
+        short = jax.eval_shape(lambda p: self.fn(p, *inputs, **kwargs), params)
+        return jax.tree.map(cut, outs, short)
+
+
+def cut(long: Any, short: Any) -> Any:
+    """`long` without the first entries of the axes along which it is longer than `short`."""
+    if not isinstance(long, jax.Array) or long.shape == short.shape:
+        return long
+    return long[tuple(slice(a - b, None) for a, b in zip(long.shape, short.shape, strict=True))]
+
+
+def lengthen(
+    named: Mapping[str, Any], fronts: Sequence[Front], chosen: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A model's inputs by name, with the virtual tokens in front."""
+    given = dict(kv for front in fronts for kv in front.virtual.names)
+    first = _group(named, "", given)
+    if first["tokens"] is None and _group(named, DECODER, {})["tokens"] is None:
+        raise ValueError(
+            f"none of the model's inputs {sorted(named)} is known to hold the tokens. Name it: "
+            'names={"tokens": "..."}, and "mask" and "positions" where the model has them.'
+        )
+    longer = dict(named)
+    for group, blocks in (
+        (first, fronts),
+        (_group(named, DECODER, {}), [front for front in fronts if front.virtual.both]),
+    ):
+        if group["tokens"] is not None and blocks:
+            longer |= _lengthened(named, group, blocks, chosen)
+    return longer
+
+
+def _group(named: Mapping[str, Any], prefix: str, given: Mapping[str, str]) -> dict[str, Any]:
+    """Which inputs are the tokens, the mask and the positions of one sequence."""
+    kinds = {"tokens": TOKENS, "mask": MASKS, "positions": POSITIONS}
+    found = {}
+    for kind, usual in kinds.items():
+        names = (given[kind],) if kind in given else tuple(prefix + name for name in usual)
+        there = (name for name in names if named.get(name) is not None)
+        found[kind] = next((n for n in there if kind != "tokens" or _is_ids(named[n])), None)
+    if found["tokens"] is None and not prefix and "tokens" not in given:
+        found["tokens"] = next((n for n, v in named.items() if n.isdigit() and _is_ids(v)), None)
+    return found
+
+
+def _is_ids(value: Any) -> bool:
+    is_array = hasattr(value, "dtype") and hasattr(value, "shape") and len(value.shape) > 0
+    return is_array and jnp.issubdtype(value.dtype, jnp.integer)
+
+
+def _lengthened(
+    named: Mapping[str, Any],
+    group: Mapping[str, Any],
+    fronts: Sequence[Front],
+    chosen: Mapping[str, Any],
+) -> dict[str, Any]:
+    tokens = named[group["tokens"]]
+    count = sum(front.virtual.count for front in fronts)
+    longer = {group["tokens"]: _with_ids(tokens, fronts, chosen)}
+    if group["mask"]:
+        longer[group["mask"]] = lengthened_mask(named[group["mask"]], tokens.shape[-1], count)
+    if group["positions"]:
+        longer[group["positions"]] = _positions(named[group["positions"]], count)
+    for name, value in named.items():
+        # Segment ids and the like: whatever else has one integer a token.
+        alike = _is_ids(value) and value.shape == tokens.shape and name not in group.values()
+        if alike and name.startswith(DECODER) == group["tokens"].startswith(DECODER):
+            longer[name] = jnp.pad(value, [(0, 0)] * (value.ndim - 1) + [(count, 0)])
+    return longer
+
+
+def _with_ids(tokens: Array, fronts: Sequence[Front], chosen: Mapping[str, Any]) -> Array:
+    blocks = [_ids(front, tokens, chosen) for front in fronts]
+    return jnp.concatenate([*blocks, tokens], axis=-1)
+
+
+def _ids(front: Front, tokens: Array, chosen: Mapping[str, Any]) -> Array:
+    virtual, shape = front.virtual, (*tokens.shape[:-1], front.virtual.count)
+    if virtual.rows is None:
+        return jnp.zeros(shape, tokens.dtype)
+    ids = front.start + jnp.arange(virtual.count)
+    if virtual.task:
+        if chosen.get(virtual.task) is None:
+            raise ValueError(
+                f"the tuning has a prompt for each task: call apply(..., {virtual.task}=ids) with "
+                "one task id a sequence."
+            )
+        ids = ids + virtual.count * jnp.asarray(chosen[virtual.task])[..., None]
+    return jnp.broadcast_to(ids, shape).astype(tokens.dtype)
+
+
+def lengthened_mask(mask: Array, length: int, count: int) -> Array:
+    """A mask of `count` more tokens in front, all of which are seen.
+
+    A mask `(B, T)` of any type, or one `(..., T, S)` over queries and keys: True or 1 for what is
+    seen, or where it is floating point, 0 (it is added to the scores).
+    """
+    added = mask.ndim > 2 and jnp.issubdtype(mask.dtype, jnp.floating)
+    widths = [(0, 0)] * mask.ndim
+    if mask.shape[-1] == length:
+        widths[-1] = (count, 0)
+    seen = jnp.pad(mask, widths, constant_values=jnp.array(0 if added else 1, mask.dtype))
+    if mask.ndim < 3 or mask.shape[-2] != length:
+        return seen
+    # Virtual queries see virtual keys alone, as nothing in front of them exists.
+    rows = jnp.zeros((*seen.shape[:-2], count, seen.shape[-1]), bool).at[..., :count].set(True)
+    hidden = jnp.finfo(mask.dtype).min if added else 0
+    rows = jnp.where(rows, 0 if added else 1, hidden).astype(mask.dtype)
+    return jnp.concatenate([rows, seen], axis=-2)
+
+
+def _positions(positions: Array, count: int) -> Array:
+    front = jnp.broadcast_to(jnp.arange(count), (*positions.shape[:-1], count))
+    return jnp.concatenate([front.astype(positions.dtype), positions + count], axis=-1)
+
+
+def fronts(virtuals: Sequence[tuple[str, int, Virtual]]) -> tuple[Front, ...]:
+    """The blocks of a call, from `(site, rows of its table, virtual)`: placeholders come first.
+
+    Methods that need placeholders share them.
+    """
+    empty = {virtual for _, _, virtual in virtuals if virtual.rows is None}
+    if len({virtual.count for virtual in empty}) > 1:
+        counts = sorted(virtual.count for virtual in empty)
+        raise ValueError(f"prefixes have {counts} virtual tokens. Give them one length.")
+    blocks = [Front(virtual, 0) for virtual in sorted(empty)[:1]]
+    ends: dict[str, int] = {}
+    for path, size, virtual in virtuals:
+        if virtual.rows is not None:
+            start = ends.get(path, size)
+            ends[path] = start + virtual.rows
+            blocks.append(Front(virtual, start))
+    return tuple(blocks)

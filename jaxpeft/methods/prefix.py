@@ -1,0 +1,133 @@
+"""Prefix tuning: learned keys and values in front of those of every attention.
+
+Attn(q, [P_K; K], [P_V; V]),   P_K, P_V: (n, heads, width)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.core.method import Leaves, Method, Needs
+from jaxpeft.core.site import Site
+from jaxpeft.core.tap import Here
+from jaxpeft.core.virtual import Virtual
+from jaxpeft.methods.prompt import check_count
+
+Array = jax.Array
+
+
+def prefix_tuning(
+    tokens: int,
+    *,
+    hidden: int | None = None,
+    width: int | None = None,
+    names: Mapping[str, str] | None = None,
+    dtype: Any = jnp.float32,
+) -> Method:
+    """Prefix tuning: `tokens` learned keys and values in every attention.
+
+    The sequence is lengthened by placeholders, so that masks, positions and caches have room, and
+    in every attention the keys and values of the placeholders are the learned ones, after any
+    rotary embedding (what `peft` calls past key values). Works with remat and with a cache. A
+    fresh prefix changes the outputs, as in the paper.
+
+    Flat leaves, at the keys and at the values of each attention: `prefix` (stack..., tokens,
+    heads, head width). With `hidden`, as the paper trains it, `embedding` (stack..., tokens,
+    width), `down` (stack..., width, hidden), `down_bias`, `up` (stack..., hidden, heads * head
+    width), `up_bias`: prefix = up(tanh(down(embedding))); `flat_prefix` turns it into the flat one.
+
+    Args:
+        tokens: length of the prefix, `n`.
+        hidden: width of the hidden layer of the reparameterization; None for the flat form.
+        width: of its embedding; `heads * head width` when absent.
+        names: the model's arguments where they have unusual names: keys "tokens", "mask" and
+            "positions".
+        dtype: of the leaves.
+
+    Returns:
+        A method for the sides ":key" and ":value" of attentions, `rules(("**/attn:{key,value}",
+        prefix_tuning(30)))`. As a bare tuning it goes to all of them.
+
+    Raises:
+        ValueError: if `tokens`, `hidden` or `width` is out of range.
+
+    Example:
+        >>> import jaxpeft as jp
+        >>> method = jp.prefix_tuning(30, hidden=512)
+
+    Reference:
+        Li and Liang 2021, arXiv:2101.00190.
+    """
+    check_count(tokens)
+    for name, value in (("hidden", hidden), ("width", width)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value!r} is not a width. Use a positive int, or None.")
+
+    def start(key: Array, site: Site, weight: Any) -> Leaves:
+        del weight
+        *stack, heads, size = site.shape
+        if hidden is None:
+            shape = (*stack, tokens, heads, size)
+            return {"prefix": 0.02 * jax.random.normal(key, shape, dtype)}
+        return _perceptron(key, stack, (tokens, width or heads * size, hidden, heads * size), dtype)
+
+    def call(site: Site, leaves: Leaves, x: Array, here: Here) -> Array:
+        del site, here
+        prefix = leaves["prefix"] if hidden is None else _computed(leaves)
+        rows = prefix.reshape(tokens, *x.shape[-2:]).astype(x.dtype)
+        return x.at[..., :tokens, :, :].set(rows)
+
+    options = {"tokens": tokens, "hidden": hidden, "width": width, "names": dict(names or {})}
+    virtual = Virtual(tokens, names=tuple(sorted((names or {}).items())), both=True)
+    return Method(
+        "prefix_tuning",
+        start,
+        None,
+        fits=is_key_or_value,
+        bare=is_key_or_value,
+        options=options,
+        call=call,
+        needs=Needs(virtual=(virtual,), attention=True),
+    )
+
+
+def is_key_or_value(site: Site) -> bool:
+    return site.side in ("key", "value")
+
+
+def _perceptron(key: Array, stack: Any, sizes: Any, dtype: Any) -> Leaves:
+    tokens, width, hidden, out = sizes
+    keys = jax.random.split(key, 3)
+    return {
+        "embedding": jax.random.normal(keys[0], (*stack, tokens, width), dtype),
+        "down": jax.random.normal(keys[1], (*stack, width, hidden), dtype) / width**0.5,
+        "down_bias": jnp.zeros((*stack, hidden), dtype),
+        "up": jax.random.normal(keys[2], (*stack, hidden, out), dtype) / hidden**0.5,
+        "up_bias": jnp.zeros((*stack, out), dtype),
+    }
+
+
+def _computed(leaves: Leaves) -> Array:
+    """The rows `(stack..., tokens, heads * width)` that the reparameterization stands for."""
+    inner = jnp.tanh(leaves["embedding"] @ leaves["down"] + leaves["down_bias"][..., None, :])
+    return inner @ leaves["up"] + leaves["up_bias"][..., None, :]
+
+
+def flat_prefix(leaves: Leaves, site: Site) -> Leaves:
+    """The leaves of the flat form, equal to a reparameterized prefix at its site.
+
+    Args:
+        leaves: of `prefix_tuning(tokens, hidden=...)` at one site.
+        site: that site.
+
+    Returns:
+        `{"prefix": ...}`, for `prefix_tuning(tokens)`.
+    """
+    if "prefix" in leaves:
+        return leaves
+    rows = _computed(leaves)
+    return {"prefix": rows.reshape(*rows.shape[:-1], *site.shape[-2:])}
