@@ -7,7 +7,10 @@ one row here. `load`, `save` and the adapter files of `jaxpeft.hf` need nothing 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jaxpeft.models import bert_config as berts
+from jaxpeft.models import bert_names
 from jaxpeft.models import config as decoders
+from jaxpeft.models.bert import Bert
 from jaxpeft.models.decoder import Decoder
 from jaxpeft.models.model import Model
 from jaxpeft.models.names import TABLE, Name
@@ -64,6 +67,12 @@ FAMILIES: dict[str, Family] = {
     "llama": _DECODER,
     "mistral": _DECODER,
     "qwen2": _DECODER,
+    **{
+        model_type: Family(
+            berts.from_hf, Bert, berts.to_hf, prefix, bert_names.RESPELLED, bert_names.SPARE
+        )
+        for model_type, prefix in bert_names.PREFIXES.items()
+    },
 }
 
 
