@@ -1,0 +1,1 @@
+"""Quantized weights: packed formats and their arithmetic."""
