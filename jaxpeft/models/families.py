@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 from jaxpeft.models import bert_config as berts
 from jaxpeft.models import bert_names
 from jaxpeft.models import config as decoders
+from jaxpeft.models import vit_config as vits
 from jaxpeft.models.bert import Bert
 from jaxpeft.models.decoder import Decoder
 from jaxpeft.models.model import Model
 from jaxpeft.models.names import TABLE, Name
+from jaxpeft.models.vit import ViT
+from jaxpeft.models.vit_names import SPARE as VIT_SPARE
 
 
 class Family(NamedTuple):
@@ -73,6 +76,8 @@ FAMILIES: dict[str, Family] = {
         )
         for model_type, prefix in bert_names.PREFIXES.items()
     },
+    "vit": Family(vits.from_hf, ViT, vits.to_hf, "vit.", spare=VIT_SPARE),
+    "deit": Family(vits.from_hf, ViT, vits.to_hf, "deit.", spare=VIT_SPARE),
 }
 
 

@@ -1,0 +1,254 @@
+"""ViT and DeiT against transformers on the same random weights."""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from safetensors.numpy import load_file
+
+import jaxpeft as jp
+from jaxpeft.models.vit import ViT
+from jaxpeft.models.vit_config import from_hf, to_hf
+from jaxpeft.models.vit_positions import cubic_matrix
+
+SIZES = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=12,
+    patch_size=4,
+    num_channels=3,
+    initializer_range=0.2,
+    num_labels=3,
+)
+OBLONG = dict(image_size=(12, 8), patch_size=(4, 2), num_channels=1, qkv_bias=False)
+# The class in transformers, and options.
+MODELS = {
+    "vit": ("ViTForImageClassification", {}),
+    "vit-oblong": ("ViTForImageClassification", OBLONG | dict(hidden_act="relu")),
+    "deit": ("DeiTForImageClassification", dict(hidden_act="gelu_new")),
+    "deit-teacher": ("DeiTForImageClassificationWithTeacher", {}),
+    "vit-bare": ("ViTModel", dict(pooler_output_size=20)),
+}
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory):
+    """`oracle(name)` gives the transformers model and the directory where it is saved."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            class_name, options = MODELS[name]
+            config = transformers.AutoConfig.for_model(name.split("-")[0], **SIZES | options)
+            torch.manual_seed(0)
+            model = getattr(transformers, class_name)(config).eval()
+            with torch.no_grad():
+                for tensor in model.parameters():
+                    tensor.add_(torch.randn_like(tensor) * 0.2)
+            made[name] = model, tmp_path_factory.mktemp(name)
+            model.save_pretrained(made[name][1])
+        return made[name]
+
+    return get
+
+
+def pixels(torch_model, size=None):
+    """Two random images, `float32[2, H, W, C]`."""
+    config = torch_model.config
+    size = config.image_size if size is None else size
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, height, width, config.num_channels, generator=generator).numpy()
+
+
+def reference(torch_model, images, **kw):
+    with torch.no_grad():
+        return torch_model(torch.tensor(np.asarray(images)).permute(0, 3, 1, 2), **kw)
+
+
+def check(actual, expected, rtol=1e-5):
+    """Equal to `rtol` of the largest value."""
+    expected = expected.detach().numpy() if isinstance(expected, torch.Tensor) else expected
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(actual) / scale, expected / scale, atol=rtol)
+
+
+CLASSIFIERS = [name for name in MODELS if name != "vit-bare"]
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_logits_equal_transformers(oracle, name):
+    torch_model, directory = oracle(name)
+    model, params = jp.models.load(directory)
+    images = pixels(torch_model)
+    logits = jax.jit(model.apply)(params, images)
+    assert logits.dtype == jnp.float32
+    check(logits, reference(torch_model, images).logits)
+
+
+def test_each_head_of_a_distilled_deit(oracle):
+    torch_model, directory = oracle("deit-teacher")
+    model, params = jp.models.load(directory)
+    expected = reference(torch_model, pixels(torch_model))
+    logits = nnx.merge(nnx.graphdef(model), params).head_logits(pixels(torch_model))
+    check(logits[0], expected.cls_logits)
+    check(logits[1], expected.distillation_logits)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_saved_files_are_those_of_transformers(oracle, tmp_path, name):
+    torch_model, directory = oracle(name)
+    model, params = jp.models.load(directory, task=None if name in CLASSIFIERS else "embedding")
+    jp.models.save(tmp_path, model, params)
+    wanted, got = (load_file(path / "model.safetensors") for path in (directory, tmp_path))
+    assert got.keys() == wanted.keys()
+    assert all((got[key] == wanted[key]).all() for key in wanted)
+    again = type(torch_model).from_pretrained(tmp_path)
+    wanted, got = torch_model.config.to_dict(), again.config.to_dict()
+    assert {key for key in wanted if wanted[key] != got[key]} <= {"_name_or_path", "dtype"}
+
+
+def test_a_bare_model_gives_states_or_its_pooled_class_token(oracle):
+    torch_model, directory = oracle("vit-bare")
+    images = pixels(torch_model)
+    expected = reference(torch_model, images)
+    model, params = jp.models.load(directory)
+    check(jax.jit(model.apply)(params, images), expected.last_hidden_state)
+    model, params = jp.models.load(directory, task="embedding")
+    check(jax.jit(model.apply)(params, images), expected.pooler_output)
+
+
+def test_a_classifier_gives_embeddings_and_states_too(oracle):
+    torch_model, directory = oracle("deit")
+    images = pixels(torch_model)
+    expected = reference(torch_model.deit, images).last_hidden_state
+    model, params = jp.models.load(directory, task="embedding")
+    check(jax.jit(model.apply)(params, images), expected[:, 0])
+
+
+def test_a_head_for_other_labels_starts_afresh(oracle):
+    torch_model, directory = oracle("vit-bare")
+    images = pixels(torch_model)
+    load = lambda **kw: jp.models.load(directory, task="image-classification", **kw)  # noqa: E731
+    model, params = load(labels=["cat", "dog"])
+    assert model.config.labels == ("cat", "dog")
+    states = reference(torch_model, images).last_hidden_state[:, 0].numpy()
+    kernel = np.asarray(params["classifier"]["kernel"][...])
+    assert np.std(kernel) == pytest.approx(SIZES["initializer_range"], rel=0.3)
+    check(jax.jit(model.apply)(params, images), states @ kernel)
+    other = load(labels=2, seed=1)[1]["classifier"]["kernel"][...]
+    assert not np.array_equal(other, kernel)
+
+
+@pytest.mark.parametrize("name", ["vit", "deit-teacher"])
+@pytest.mark.parametrize("size", [(20, 24), (9, 12)])
+def test_positions_are_interpolated_for_other_sizes(oracle, name, size):
+    torch_model, directory = oracle(name)
+    model, params = jp.models.load(directory)
+    images = pixels(torch_model, size)
+    expected = reference(torch_model, images, interpolate_pos_encoding=True).logits
+    check(jax.jit(partial(model.apply, interpolate=True))(params, images), expected)
+    with pytest.raises(ValueError, match=rf"{size[0]} x {size[1]} .*interpolate=True"):
+        model.apply(params, images)
+
+
+@pytest.mark.parametrize("given, wanted", [(3, 7), (7, 3), (4, 4), (1, 5)])
+def test_the_cubic_kernel_is_that_of_torch(given, wanted):
+    values = torch.eye(given, dtype=torch.float64)[None, :, None, :]
+    expected = torch.nn.functional.interpolate(values, size=(1, wanted), mode="bicubic")
+    np.testing.assert_allclose(cubic_matrix(given, wanted), expected[0, :, 0].T, atol=1e-6)
+
+
+def test_the_encoder_takes_any_number_of_tokens(oracle):
+    torch_model, directory = oracle("vit")
+    model, params = jp.models.load(directory)
+    states = torch.randn(2, 17, SIZES["hidden_size"])
+    encoder = nnx.merge(nnx.graphdef(model), params).encoder
+    expected = states
+    for layer in torch_model.vit.layers:
+        expected = layer(expected)
+    check(encoder(jnp.asarray(states.numpy())), expected)
+
+
+@pytest.mark.parametrize("remat", ["kept", None])
+def test_gradients_equal_torch_whatever_is_recomputed(oracle, remat):
+    torch_model, directory = oracle("vit")
+    model, params = jp.models.load(directory)
+    images, labels = pixels(torch_model), np.array([2, 0])
+    torch_model.zero_grad()
+    logits = torch_model(torch.tensor(images).permute(0, 3, 1, 2)).logits
+    torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).backward()
+
+    def loss(params):
+        scores = jax.nn.log_softmax(model.apply(params, images))
+        return -jnp.mean(scores[jnp.arange(2), labels])
+
+    if remat is None:
+        model.encoder.remat = None
+    grads = jax.jit(jax.grad(loss))(params)
+    query = torch_model.vit.layers[1].attention.q_proj.weight.grad.T
+    check(grads["encoder"]["layer"]["attention"]["attention"]["query"]["kernel"][...][1], query)
+    patches = torch_model.vit.embeddings.patch_embeddings.projection.weight.grad
+    kernel = grads["embeddings"]["patch_embeddings"]["projection"]["kernel"][...]
+    check(kernel, patches.permute(2, 3, 1, 0))
+    torch_model.zero_grad()
+
+
+def test_bfloat16_stays_close(oracle):
+    torch_model, directory = oracle("vit")
+    model, params = jp.models.load(directory, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    logits = jax.jit(model.apply)(params, pixels(torch_model))
+    assert logits.dtype == jnp.float32
+    # bfloat16 keeps 8 bits; three layers of random signs lose a little more than one of them.
+    check(logits, reference(torch_model, pixels(torch_model)).logits, rtol=5e-2)
+
+
+def config_of(**options):
+    return {"model_type": "vit", **SIZES, **options}
+
+
+def test_configs_go_both_ways(oracle):
+    for name in MODELS:
+        values = json.loads((oracle(name)[1] / "config.json").read_text())
+        config = from_hf(values)
+        assert from_hf(to_hf(config, "float32")) == config
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(model_type="swin"), "model_type='swin'.*vit, deit"),
+        (dict(hidden_act="mish"), "hidden_act='mish'.*gelu"),
+        (dict(num_attention_heads=5), "hidden_size=32 is no multiple of num_attention_heads=5"),
+        (dict(patch_size=16), "smaller than patch_size"),
+    ],
+)
+def test_what_is_not_supported_is_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        from_hf(config_of(**options))
+
+
+def test_a_missing_size_and_an_unknown_task_are_named():
+    values = config_of()
+    del values["patch_size"]
+    with pytest.raises(ValueError, match="lacks patch_size"):
+        from_hf(values)
+    with pytest.raises(ValueError, match="task='causal-lm'.*'image-classification'"):
+        from_hf(config_of(), task="causal-lm")
+
+
+def test_images_with_their_channels_first_are_refused():
+    def call(images):
+        return ViT(from_hf(config_of(), task="embedding"), rngs=nnx.Rngs(0))(images)
+
+    with pytest.raises(ValueError, match=r"\(2, 3, 12, 12\).*\(12, 12, 3\)"):
+        jax.eval_shape(call, jnp.zeros((2, 3, 12, 12)))
