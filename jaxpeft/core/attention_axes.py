@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from jax import lax
 
-KINDS = ("query", "key", "value", "context")
+from jaxpeft.core.tap import PER_HEAD
+
 BATCH, TIME, HEADS, GROUP, WIDTH = range(5)
 
 Labels = tuple[int, ...]
@@ -59,8 +60,10 @@ class Attention(NamedTuple):
 
 
 class Dot(NamedTuple):
-    """A `dot_general`, by operand: contracted axes, batch axes, and which axis of the result each
-    other one is."""
+    """A `dot_general`, by operand: what it contracts, its batch axes, its other axes in the result.
+
+    `kept` has the batch axes too; `shapes` has the result's last.
+    """
 
     contract: Any
     batch: Any
@@ -123,7 +126,7 @@ def match(first: Any, second: Any, side: int, weights: Axes) -> Attention | None
         "context": _order(context, sums.kept[value][free[0]], sums.shapes[2], roles),
     }
     clear = {kind: order for kind, order in orders.items() if order}
-    return Attention(at, value, clear, {}) if len(clear) == len(KINDS) else None
+    return Attention(at, value, clear, {}) if len(clear) == len(PER_HEAD) else None
 
 
 def _second(sums: Dot, side: int, weights: Axes) -> tuple[Axes, Axes]:

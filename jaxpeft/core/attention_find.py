@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from jax.extend import core as jex
 
 from jaxpeft.core import control
-from jaxpeft.core.attention_axes import KINDS, Attention, Axes, match
-from jaxpeft.core.tap import boundaries
+from jaxpeft.core.attention_axes import Attention, Axes, match
+from jaxpeft.core.tap import PER_HEAD, boundaries
 
 INLINE = tuple(name for name, rule in control.RULES.items() if rule is control.inline)
 
@@ -84,12 +84,12 @@ class Walk:
 
     def add(self, first: Place, second: Place, attention: Attention, path: str) -> None:
         """Names an attention, unless its module has such marks of its own."""
-        if any(f"{path}:{kind}" in self.taken for kind in KINDS):
+        if any(f"{path}:{kind}" in self.taken for kind in PER_HEAD):
             return
         count = self.counts.get(path, 0)
         self.counts[path] = count + 1
         end = f"_{count}" if count else ""
-        names = {kind: f"{path}:{kind}{end}" for kind in KINDS}
+        names = {kind: f"{path}:{kind}{end}" for kind in PER_HEAD}
         self.found[first] = self.found[second] = attention._replace(names=names, place=first)
 
 
@@ -307,8 +307,7 @@ def _product(eqn: Any, facts: Sequence[Fact], walk: Walk, place: Place) -> Fact:
 
 
 def _ended(product: Product, fact: Fact, side: int, eqn: Any) -> Attention | None:
-    """The attention of `product` and `eqn`, if operand `side` of it is a softmax over what it
-    contracts."""
+    """The attention of `product` and `eqn`, which contracts a softmax, its operand `side`."""
     contract = eqn.params["dimension_numbers"][0][side]
     if fact.axes is None or not fact.exped or len(contract) != 1:
         return None

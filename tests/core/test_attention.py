@@ -38,8 +38,8 @@ def changed(fn, params, *args, taps, **kwargs):
 
 def marks(fn, *args, **kwargs):
     program = jax.make_jaxpr(lambda *args: fn(*args, **kwargs))(*args)
-    found = [mark for mark in boundaries(program) if mark.name.rpartition(":")[2][:3] != "out"]
-    return {mark.name: mark.shape for mark in found if mark.name.rpartition(":")[2] != "in"}
+    sides = [(mark.name.rpartition(":")[2], mark) for mark in boundaries(program)]
+    return {mark.name: mark.shape for side, mark in sides if side not in ("in", "out")}
 
 
 def attend(q, k, v, *, bias=0.0, mask=True, cap=None, sink=None, scale=1.0, rows=None):
@@ -274,7 +274,24 @@ def over_queries(params, q, k, v):
     return jnp.einsum("bnts,bsnh->btnh", softmax(jnp.einsum("btnh,bsnh->bnts", q, k), 2), v)
 
 
-@pytest.mark.parametrize("other", [linear, sigmoid, state_space, experts, opaque, over_queries])
+def in_chunks(params, q, k, v):
+    def step(carry, chunk):
+        top, total, sums = carry
+        scores = jnp.einsum("btnh,bsnh->bnts", q, chunk[0])
+        new = jnp.maximum(top, scores.max(-1))
+        weights, old = jnp.exp(scores - new[..., None]), jnp.exp(top - new)
+        sums = sums * old[..., None] + jnp.einsum("bnts,bsnh->bnth", weights, chunk[1])
+        return (new, total * old + weights.sum(-1), sums), None
+
+    start = jnp.full((B, N, T), -1e9), jnp.zeros((B, N, T)), jnp.zeros((B, N, T, H))
+    (_, total, sums), _ = lax.scan(step, start, jax.tree.map(lambda x: x[None], (k, v)))
+    return sums / total[..., None]
+
+
+OTHERS = [linear, sigmoid, state_space, experts, opaque, over_queries, in_chunks]
+
+
+@pytest.mark.parametrize("other", OTHERS)
 def test_what_is_no_attention_is_left_alone(other):
     args = [project(w, X, N) / 4 for w in (WQ, WK, WV)]
     fn = mark_attention(other)
