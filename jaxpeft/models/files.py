@@ -48,11 +48,19 @@ def open_directory(
         ValueError: a file is damaged, or asks for something that is not supported.
     """
     directory = Path(directory)
-    config = read_config(read_json(directory / "config.json"), task, labels)
+    values = read_json(directory / "config.json") | _pooling(directory)
+    config = read_config(values, task, labels)
     opened = {path: _open(path) for path in _weight_files(directory)}
     owner = {name: file for file in opened.values() for name in file.keys()}
     shapes = {name: tuple(f.get_slice(name).get_shape()) for name, f in owner.items()}
     return Checkpoint(config, shapes, lambda name: owner[name].get_tensor(name), str(directory))
+
+
+def _pooling(directory: Path) -> dict[str, str]:
+    """What sentence-transformers keeps beside the model: how a text's states become one."""
+    path = directory / "1_Pooling" / "config.json"
+    modes = read_json(path) if path.is_file() else {}
+    return {"pooling": "cls"} if modes.get("pooling_mode_cls_token") else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:

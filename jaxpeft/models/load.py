@@ -73,10 +73,10 @@ def load(
     checkpoint = open_checkpoint(directory, task, labels)
     family, config = FAMILIES[checkpoint.config.model_type], checkpoint.config
 
-    def build(seed: Any = 0) -> Model:
-        return family.build(config, dtype=dtype, rngs=nnx.Rngs(seed))
+    def build(key: Array) -> Model:
+        return family.build(config, dtype=dtype, rngs=nnx.Rngs(key))
 
-    model = nnx.eval_shape(build)
+    model = nnx.eval_shape(build, jax.random.key(seed))
     rows = {name.path: name for name in model.names()}
     abstract = {"/".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(
         nnx.state(model))}  # fmt: skip
@@ -166,12 +166,12 @@ def _fresh(build: Any, seed: int, paths: Sequence[str]) -> Weights:
     """The random weights at some paths; under `jit` no other is made."""
 
     @jax.jit
-    def init(seed: Array) -> Weights:
-        state = nnx.to_flat_state(nnx.state(build(seed)))
+    def init(key: Array) -> Weights:
+        state = nnx.to_flat_state(nnx.state(build(key)))
         leaves = {"/".join(map(str, path)): leaf[...] for path, leaf in state}
         return {path: leaves[path] for path in paths}
 
-    return init(jnp.asarray(seed)) if paths else {}
+    return init(jax.random.key(seed)) if paths else {}
 
 
 def _read(checkpoint: Checkpoint, tensors: Sequence[str], name: Name, leaf: Any) -> np.ndarray:
