@@ -82,8 +82,10 @@ def inputs(kind: str) -> Tensors:
 def outputs(model: Any, feed: Tensors) -> Tensors:
     """The last hidden state (of T5: the decoder's) and the logits, if the model has any."""
     out = getattr(model, "transformer", model)(**feed, output_hidden_states=True)
-    states = out.get("decoder_hidden_states") or out.hidden_states
-    found = {"last_hidden_state": out.get("last_hidden_state", states[-1])}
+    state = (out.get("decoder_hidden_states") or out.hidden_states)[-1]
+    if hasattr(model, "vit"):
+        state = model.vit.layernorm(state)
+    found = {"last_hidden_state": state}
     if "logits" in out:
         found["logits"] = out.logits
     return {k: v.clone().contiguous() for k, v in found.items()}
