@@ -8,13 +8,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxpeft.models import bert_config as berts
-from jaxpeft.models import bert_names
+from jaxpeft.models import bert_names, t5_names
 from jaxpeft.models import config as decoders
+from jaxpeft.models import t5_config as t5s
 from jaxpeft.models import vit_config as vits
 from jaxpeft.models.bert import Bert
 from jaxpeft.models.decoder import Decoder
 from jaxpeft.models.model import Model
 from jaxpeft.models.names import TABLE, Name
+from jaxpeft.models.t5 import T5
 from jaxpeft.models.vit import ViT
 from jaxpeft.models.vit_names import SPARE as VIT_SPARE
 
@@ -35,6 +37,8 @@ class Family(NamedTuple):
             model may not need: buffers, and the heads of other tasks. Matched from the start.
         table: rows of all weights that some model of the family has, where they depend on the
             config's presence alone; an adapter file can then be written without its model.
+        fit: from a config, the shapes of a checkpoint's tensors by name, and a function that reads
+            one of them, to the config that they ask for, where config.json does not tell all.
     """
 
     read: Callable[[Mapping[str, Any], str | None, Any], Any]
@@ -44,6 +48,7 @@ class Family(NamedTuple):
     respelled: Mapping[str, str] = {}
     spare: tuple[str, ...] = ()
     table: tuple[Name, ...] = ()
+    fit: Callable[..., Any] = lambda config, shapes, read: config
 
     def canonical(self, tensor: str) -> str:
         """A tensor's name without the prefix, in today's spelling."""
@@ -66,6 +71,10 @@ def _read_decoder(values: Mapping[str, Any], task: str | None, labels: Any) -> A
 _SPARE = (r".*rotary_emb\.inv_freq$", r"lm_head\.weight$")
 _DECODER = Family(_read_decoder, Decoder, decoders.to_hf, spare=_SPARE, table=TABLE)
 
+_T5 = Family(
+    t5s.from_hf, T5, t5s.to_hf, spare=t5_names.SPARE, table=t5_names.TABLE, fit=t5s.fit
+)  # fmt: skip
+
 FAMILIES: dict[str, Family] = {
     "llama": _DECODER,
     "mistral": _DECODER,
@@ -76,6 +85,8 @@ FAMILIES: dict[str, Family] = {
         )
         for model_type, prefix in bert_names.PREFIXES.items()
     },
+    "t5": _T5,
+    "mt5": _T5,
     "vit": Family(vits.from_hf, ViT, vits.to_hf, "vit.", spare=VIT_SPARE),
     "deit": Family(vits.from_hf, ViT, vits.to_hf, "deit.", spare=VIT_SPARE),
 }

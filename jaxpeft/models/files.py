@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxpeft.models.families import read_config
+from jaxpeft.models.families import family_of, read_config
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -53,7 +53,12 @@ def open_directory(
     opened = {path: _open(path) for path in _weight_files(directory)}
     owner = {name: file for file in opened.values() for name in file.keys()}
     shapes = {name: tuple(f.get_slice(name).get_shape()) for name, f in owner.items()}
-    return Checkpoint(config, shapes, lambda name: owner[name].get_tensor(name), str(directory))
+
+    def read(name: str) -> np.ndarray:
+        return owner[name].get_tensor(name)
+
+    config = family_of(config.model_type).fit(config, shapes, read)
+    return Checkpoint(config, shapes, read, str(directory))
 
 
 def _pooling(directory: Path) -> dict[str, str]:
