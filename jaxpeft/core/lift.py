@@ -345,8 +345,9 @@ def _at_weight(eqn: Any, values: Values, scope: Scope) -> Values | None:
     others = values[:side] + values[side + 1 :]
     atoms = [atom for i, atom in enumerate(eqn.invars) if i != side]
 
-    def bind(array: Any) -> Any:
-        return run(eqn, [array if i == side else v for i, v in enumerate(values)])[0]
+    def bind(array: Any, *given: Any) -> Any:
+        rest = given or others
+        return run(eqn, [*rest[:side], array, *rest[side:]])[0]
 
     name = eqn.primitive.name
     if name in contract.RULES:

@@ -28,7 +28,8 @@ class Contraction(NamedTuple):
 
     `kind` names the primitive, `params` are its parameters, `side` is the weight's operand
     position, `others` are the remaining operands in order, `out` is the result's shape and dtype.
-    `bind(array)` runs the program's own operation on an array that stands in for the weight.
+    `bind(array)` runs the program's own operation on an array that stands in for the weight, and
+    `bind(array, *others)` with these as the remaining operands.
     `once(name, f)` is `f()`, computed once for all weights that meet the same other operand.
     """
 
@@ -37,8 +38,15 @@ class Contraction(NamedTuple):
     side: int
     others: tuple[Array, ...]
     out: jax.ShapeDtypeStruct
-    bind: Callable[[Array], Array]
+    bind: Callable[..., Array]
     once: Callable[[Any, Callable[[], Array]], Array] = lambda name, f: f()
+
+    def on(self, *others: Array) -> Contraction:
+        """The same product with `others` as the remaining operands, of the shapes that they had."""
+        return Contraction(
+            self.kind, self.params, self.side, others, self.out,
+            lambda array: self.bind(array, *others),
+        )  # fmt: skip
 
 
 class Structured:
