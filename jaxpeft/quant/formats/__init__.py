@@ -14,7 +14,16 @@ from jaxpeft.quant.formats.codebook import FP4 as FP4
 from jaxpeft.quant.formats.codebook import NF4 as NF4
 from jaxpeft.quant.formats.codebook import fp4 as fp4
 from jaxpeft.quant.formats.codebook import nf4 as nf4
+from jaxpeft.quant.formats.gptq import from_awq as from_awq
+from jaxpeft.quant.formats.gptq import from_gptq as from_gptq
+from jaxpeft.quant.formats.gptq import to_awq as to_awq
+from jaxpeft.quant.formats.gptq import to_gptq as to_gptq
 from jaxpeft.quant.formats.integer import Int4 as Int4
 from jaxpeft.quant.formats.integer import Int8 as Int8
 from jaxpeft.quant.formats.integer import int4 as int4
 from jaxpeft.quant.formats.integer import int8 as int8
+from jaxpeft.quant.formats.llm_int8 import LLMInt8 as LLMInt8
+from jaxpeft.quant.formats.llm_int8 import from_llm_int8 as from_llm_int8
+from jaxpeft.quant.formats.llm_int8 import llm_int8 as llm_int8
+from jaxpeft.quant.formats.llm_int8 import llm_int8_dot as llm_int8_dot
+from jaxpeft.quant.formats.llm_int8 import to_llm_int8 as to_llm_int8
