@@ -18,6 +18,16 @@ _DENSE = (
     "intermediate/dense",
     "output/dense",
 )
+# In this order: the second of two parts of a name may be the end of the first.
+_RENAMED = (
+    ("encoder.layer.", "layers."),
+    ("attention.attention.query", "attention.q_proj"),
+    ("attention.attention.key", "attention.k_proj"),
+    ("attention.attention.value", "attention.v_proj"),
+    ("attention.output.dense", "attention.o_proj"),
+    ("intermediate.dense", "mlp.fc1"),
+    ("output.dense", "mlp.fc2"),
+)
 _QKV_BIASES = {f"encoder/layer/{path}/bias" for path in _DENSE[:3]}
 _NORMS = ("layernorm_before", "layernorm_after")
 _KINDS = {"kernel": "weight", "scale": "weight", "bias": "bias"}
@@ -73,6 +83,34 @@ def names(config: ViTConfig) -> tuple[Name, ...]:
     rows = [row._replace(tensor=prefix + row.tensor) for row in rows]
     heads = [_plain(head, leaf) for head in head_names(config) for leaf in ("kernel", "bias")]
     return (*rows, *(row._replace(head=True) for row in heads))
+
+
+def adapter_names(config: ViTConfig) -> dict[str, str]:
+    """What PEFT's files call the weights, since transformers renamed its modules in version 5.
+
+    Files of weights keep the names of `names`, and so do adapters made with older versions.
+
+    Args:
+        config: the model's configuration.
+
+    Returns:
+        Torch names by parameter path, for `names=` of `jaxpeft.hf.load_adapter` and
+        `save_adapter`.
+
+    Example:
+        >>> from jaxpeft.models.vit_config import from_hf
+        >>> config = from_hf({"model_type": "vit", "hidden_size": 4, "intermediate_size": 8,
+        ...     "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4})
+        >>> adapter_names(config)["encoder/layer/attention/attention/query/kernel"]
+        'layers.{layer}.attention.q_proj.weight'
+    """
+    found = {}
+    for row in names(config):
+        tensor = row.tensor
+        for old, new in _RENAMED if row.stacked else ():
+            tensor = tensor.replace(old, new)
+        found[row.path] = tensor
+    return found
 
 
 def head_names(config: ViTConfig) -> tuple[str, ...]:

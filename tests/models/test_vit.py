@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
 from flax import nnx
 from safetensors.numpy import load_file
 
@@ -16,77 +15,15 @@ import jaxpeft as jp
 from jaxpeft.models.vit import ViT
 from jaxpeft.models.vit_config import from_hf, to_hf
 from jaxpeft.models.vit_positions import cubic_matrix
-
-SIZES = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    image_size=12,
-    patch_size=4,
-    num_channels=3,
-    initializer_range=0.2,
-    num_labels=3,
-)
-OBLONG = dict(image_size=(12, 8), patch_size=(4, 2), num_channels=1, qkv_bias=False)
-# The class in transformers, and options.
-MODELS = {
-    "vit": ("ViTForImageClassification", {}),
-    "vit-oblong": ("ViTForImageClassification", OBLONG | dict(hidden_act="relu")),
-    "deit": ("DeiTForImageClassification", dict(hidden_act="gelu_new")),
-    "deit-teacher": ("DeiTForImageClassificationWithTeacher", {}),
-    "vit-bare": ("ViTModel", dict(pooler_output_size=20)),
-}
-
-
-@pytest.fixture(scope="module")
-def oracle(tmp_path_factory):
-    """`oracle(name)` gives the transformers model and the directory where it is saved."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            class_name, options = MODELS[name]
-            config = transformers.AutoConfig.for_model(name.split("-")[0], **SIZES | options)
-            torch.manual_seed(0)
-            model = getattr(transformers, class_name)(config).eval()
-            with torch.no_grad():
-                for tensor in model.parameters():
-                    tensor.add_(torch.randn_like(tensor) * 0.2)
-            made[name] = model, tmp_path_factory.mktemp(name)
-            model.save_pretrained(made[name][1])
-        return made[name]
-
-    return get
-
-
-def pixels(torch_model, size=None):
-    """Two random images, `float32[2, H, W, C]`."""
-    config = torch_model.config
-    size = config.image_size if size is None else size
-    height, width = (size, size) if isinstance(size, int) else size
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(2, height, width, config.num_channels, generator=generator).numpy()
-
-
-def reference(torch_model, images, **kw):
-    with torch.no_grad():
-        return torch_model(torch.tensor(np.asarray(images)).permute(0, 3, 1, 2), **kw)
-
-
-def check(actual, expected, rtol=1e-5):
-    """Equal to `rtol` of the largest value."""
-    expected = expected.detach().numpy() if isinstance(expected, torch.Tensor) else expected
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(np.asarray(actual) / scale, expected / scale, atol=rtol)
-
+from tests.models.vit_oracle import MODELS, SIZES, check, pixels, reference
+from tests.models.vit_oracle import vit_oracle as vit_oracle
 
 CLASSIFIERS = [name for name in MODELS if name != "vit-bare"]
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_logits_equal_transformers(oracle, name):
-    torch_model, directory = oracle(name)
+def test_logits_equal_transformers(vit_oracle, name):
+    torch_model, directory = vit_oracle(name)
     model, params = jp.models.load(directory)
     images = pixels(torch_model)
     logits = jax.jit(model.apply)(params, images)
@@ -94,8 +31,8 @@ def test_logits_equal_transformers(oracle, name):
     check(logits, reference(torch_model, images).logits)
 
 
-def test_each_head_of_a_distilled_deit(oracle):
-    torch_model, directory = oracle("deit-teacher")
+def test_each_head_of_a_distilled_deit(vit_oracle):
+    torch_model, directory = vit_oracle("deit-teacher")
     model, params = jp.models.load(directory)
     expected = reference(torch_model, pixels(torch_model))
     logits = nnx.merge(nnx.graphdef(model), params).head_logits(pixels(torch_model))
@@ -104,8 +41,8 @@ def test_each_head_of_a_distilled_deit(oracle):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_saved_files_are_those_of_transformers(oracle, tmp_path, name):
-    torch_model, directory = oracle(name)
+def test_saved_files_are_those_of_transformers(vit_oracle, tmp_path, name):
+    torch_model, directory = vit_oracle(name)
     model, params = jp.models.load(directory, task=None if name in CLASSIFIERS else "embedding")
     jp.models.save(tmp_path, model, params)
     wanted, got = (load_file(path / "model.safetensors") for path in (directory, tmp_path))
@@ -116,8 +53,8 @@ def test_saved_files_are_those_of_transformers(oracle, tmp_path, name):
     assert {key for key in wanted if wanted[key] != got[key]} <= {"_name_or_path", "dtype"}
 
 
-def test_a_bare_model_gives_states_or_its_pooled_class_token(oracle):
-    torch_model, directory = oracle("vit-bare")
+def test_a_bare_model_gives_states_or_its_pooled_class_token(vit_oracle):
+    torch_model, directory = vit_oracle("vit-bare")
     images = pixels(torch_model)
     expected = reference(torch_model, images)
     model, params = jp.models.load(directory)
@@ -126,16 +63,16 @@ def test_a_bare_model_gives_states_or_its_pooled_class_token(oracle):
     check(jax.jit(model.apply)(params, images), expected.pooler_output)
 
 
-def test_a_classifier_gives_embeddings_and_states_too(oracle):
-    torch_model, directory = oracle("deit")
+def test_a_classifier_gives_embeddings_and_states_too(vit_oracle):
+    torch_model, directory = vit_oracle("deit")
     images = pixels(torch_model)
     expected = reference(torch_model.deit, images).last_hidden_state
     model, params = jp.models.load(directory, task="embedding")
     check(jax.jit(model.apply)(params, images), expected[:, 0])
 
 
-def test_a_head_for_other_labels_starts_afresh(oracle):
-    torch_model, directory = oracle("vit-bare")
+def test_a_head_for_other_labels_starts_afresh(vit_oracle):
+    torch_model, directory = vit_oracle("vit-bare")
     images = pixels(torch_model)
     load = lambda **kw: jp.models.load(directory, task="image-classification", **kw)  # noqa: E731
     model, params = load(labels=["cat", "dog"])
@@ -150,8 +87,8 @@ def test_a_head_for_other_labels_starts_afresh(oracle):
 
 @pytest.mark.parametrize("name", ["vit", "deit-teacher"])
 @pytest.mark.parametrize("size", [(20, 24), (9, 12)])
-def test_positions_are_interpolated_for_other_sizes(oracle, name, size):
-    torch_model, directory = oracle(name)
+def test_positions_are_interpolated_for_other_sizes(vit_oracle, name, size):
+    torch_model, directory = vit_oracle(name)
     model, params = jp.models.load(directory)
     images = pixels(torch_model, size)
     expected = reference(torch_model, images, interpolate_pos_encoding=True).logits
@@ -167,8 +104,8 @@ def test_the_cubic_kernel_is_that_of_torch(given, wanted):
     np.testing.assert_allclose(cubic_matrix(given, wanted), expected[0, :, 0].T, atol=1e-6)
 
 
-def test_the_encoder_takes_any_number_of_tokens(oracle):
-    torch_model, directory = oracle("vit")
+def test_the_encoder_takes_any_number_of_tokens(vit_oracle):
+    torch_model, directory = vit_oracle("vit")
     model, params = jp.models.load(directory)
     states = torch.randn(2, 17, SIZES["hidden_size"])
     encoder = nnx.merge(nnx.graphdef(model), params).encoder
@@ -179,8 +116,8 @@ def test_the_encoder_takes_any_number_of_tokens(oracle):
 
 
 @pytest.mark.parametrize("remat", ["kept", None])
-def test_gradients_equal_torch_whatever_is_recomputed(oracle, remat):
-    torch_model, directory = oracle("vit")
+def test_gradients_equal_torch_whatever_is_recomputed(vit_oracle, remat):
+    torch_model, directory = vit_oracle("vit")
     model, params = jp.models.load(directory)
     images, labels = pixels(torch_model), np.array([2, 0])
     torch_model.zero_grad()
@@ -202,8 +139,8 @@ def test_gradients_equal_torch_whatever_is_recomputed(oracle, remat):
     torch_model.zero_grad()
 
 
-def test_bfloat16_stays_close(oracle):
-    torch_model, directory = oracle("vit")
+def test_bfloat16_stays_close(vit_oracle):
+    torch_model, directory = vit_oracle("vit")
     model, params = jp.models.load(directory, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
     logits = jax.jit(model.apply)(params, pixels(torch_model))
@@ -216,9 +153,9 @@ def config_of(**options):
     return {"model_type": "vit", **SIZES, **options}
 
 
-def test_configs_go_both_ways(oracle):
+def test_configs_go_both_ways(vit_oracle):
     for name in MODELS:
-        values = json.loads((oracle(name)[1] / "config.json").read_text())
+        values = json.loads((vit_oracle(name)[1] / "config.json").read_text())
         config = from_hf(values)
         assert from_hf(to_hf(config, "float32")) == config
 
