@@ -160,9 +160,7 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, count = pid[:5]
         if kind != "storage" or (len(pid) > 5 and pid[5] is not None):
-            raise UnsafePickleError(
-                f"it refers to {kind!r}, where tensors refer to storages alone."
-            )
+            raise UnsafePickleError(f"it refers to {kind!r}, where a storage should be.")
         return self.storage(_STORAGES[dtype], str(key), int(count))
 
 
