@@ -1,11 +1,11 @@
-r"""Bottleneck adapters: a small two-layer network behind a module.
+r"""Bottleneck adapters: a small two-layer network behind, beside or inside a module.
 
-h' = h + up(f(down(h))),   down: d -> m,  up: m -> d
+x' = r + g * s * up(f(down(z))),   down: d -> m,  up: m -> d
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,94 +13,127 @@ import jax.numpy as jnp
 
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.site import Site
-from jaxpeft.core.tap import Here
+from jaxpeft.methods import parts
+from jaxpeft.methods.bottleneck_form import Bottleneck
+from jaxpeft.methods.maps import STARTS, Dense
+from jaxpeft.methods.phm import Phm
+from jaxpeft.methods.phm_maps import phm_maps
 
 
 def bottleneck(
-    width: int,
+    width: int | None = None,
     *,
+    reduction: float | None = None,
     activation: str | Callable[[jax.Array], jax.Array] = "relu",
+    reads: str | Sequence[str] = "x",
+    residual: str | Mapping[str, float] = "x",
+    scale: float | str = 1.0,
+    gate: str | None = None,
+    norm_in: bool = False,
+    norm_out: str | None = None,
+    bias: bool = True,
     dropout: float = 0.0,
+    stochastic_depth: float = 0.0,
+    phm: Phm | Mapping[str, Any] | None = None,
+    init: str = "zero",
     dtype: Any = jnp.float32,
 ) -> Method:
-    """A sequential bottleneck adapter: `h' = h + up(f(down(h)))`.
+    """A bottleneck adapter: `x' = r + g * s * up(f(down(z)))`, by default `x + up(f(down(x)))`.
 
-    Leaves: `down` (stack..., width, d) normal with standard deviation 0.02, `down_bias` (stack...,
-    width), `up` (stack..., width, d) and `up_bias` (stack..., d) zero: `width * (2 d + 1) + d`
-    parameters a layer. A fresh adapter changes nothing. It works at call boundaries: rules name a
-    module and a side, "**/mlp:out" or "**/attn:in".
+    Leaves: `down` (stack..., m, d), `down_bias` (stack..., m), `up` (stack..., m, d), `up_bias`
+    (stack..., d): `m * (2 d + 1) + d` parameters a layer. A fresh adapter changes nothing, unless
+    `init` or a residual other than `x` says so. It works at call boundaries, "**/mlp:out" or
+    "**/attn:in", where `x` is the value there; activations that it may read besides are `input`
+    at a module's output, and at the ":delta" of the own models, where `x` is what a sublayer adds
+    to the stream, `stream`, `sum` (stream + x) and, in post-norm models, `norm` (LayerNorm(sum)).
 
     Args:
-        width: of the bottleneck, `m`; AdapterHub's reduction factor is `d / m`.
-        activation: `f`, a function or the name of one in `jax.nn`. Files keep the name, so an
-            adapter with a function of your own is loaded with `tuning=`.
-        dropout: share of `h` that the network does not see, when a key is given.
-        dtype: of the leaves; products are computed in the dtype of `h`.
+        width: `m` of the bottleneck; or give
+        reduction: `d / m`, AdapterHub's reduction factor.
+        activation: `f`, a function or the name of one in `jax.nn`, or "gelu_exact" (`jax.nn.gelu`
+            is the tanh form). Files keep the name: with a function of your own load with `tuning=`.
+        reads: `z`: the name of an activation, or several, of which the first that is there is read.
+        residual: `r`: the name of an activation, "read" for `z`, or a dict of names and weights.
+        scale: `s`: a number, or "learned": leaf `scale` (stack...), "channel": (stack..., d).
+        gate: `g = sigmoid(z . w + b)`, leaves `gate` (stack..., d) and `gate_bias` (stack...):
+            "token": one for each position; "sequence": their mean over the second last axis, later
+            positions and padding too, so not for causal models that generate.
+        norm_in: a LayerNorm of its own on `z`, leaves `norm_in_scale` and `norm_in_bias`.
+        norm_out: the same behind: "update": on what is added to `r`, "result": on the sum.
+        bias: whether the two maps have biases.
+        dropout: share of the update's entries that are dropped, when a key is given.
+        stochastic_depth: share of the rows (sequences) that go without update, when a key is given.
+        phm: parameterized hypercomplex products in place of the two matrices; see `jaxpeft.phm`.
+        init: "zero": `down` normal with standard deviation 0.02, `up` zero; AdapterHub's "bert",
+            both normal; "mam", `down` as torch's linear layers, `up` zero; "houlsby", both
+            truncated normal with 0.01.
+        dtype: of the leaves; products are computed in the dtype of `x`.
 
     Returns:
-        A method. As a bare tuning it goes to the output of every module inside the model, which
-        is seldom meant: name the modules by rules.
+        A method. As a bare tuning it goes to every sublayer of the models of this library.
 
     Raises:
-        ValueError: if `width` or `dropout` is out of range, or `activation` is no function's name.
+        ValueError: if an option is out of range or unknown, or `z` is not there at a site.
 
     Example:
         >>> import jaxpeft as jp
         >>> tuning = jp.rules(("**/{attention,mlp}:out", jp.bottleneck(48)))
+        >>> scaled_parallel = jp.bottleneck(reduction=2, reads=("stream", "input"), scale="learned")
 
     Reference:
-        Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00052.
+        Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00052; He et al.
+        2021, arXiv:2110.04366 (parallel, scaled); Mao et al. 2021, arXiv:2110.07577 (gated).
     """
-    if not isinstance(width, int) or width < 1:
-        raise ValueError(f"width={width!r} is not a width. Use a positive int: bottleneck(48).")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout={dropout} is not a share. Use 0 <= dropout < 1.")
+    _check_size(width, reduction)
+    parts.check_share(dropout=dropout, stochastic_depth=stochastic_depth)
+    _check_choice("scale", scale, ("learned", "channel")) if isinstance(scale, str) else None
+    _check_choice("gate", gate, (None, "token", "sequence"))
+    _check_choice("norm_out", norm_out, (None, "update", "result"))
+    _check_choice("init", init, tuple(STARTS) if phm is None else ("zero", "bert"))
 
-    f, name = _named(activation)
+    f, name = parts.activation_named(activation)
+    reading = (reads,) if isinstance(reads, str) else tuple(reads)
+    weights = {residual: 1.0} if isinstance(residual, str) else dict(residual)
+    maps = Dense(bias, init) if phm is None else phm_maps(phm, bias, init)
+    form = Bottleneck(
+        maps, f, reading, tuple(weights.items()), scale if isinstance(scale, str) else float(scale),
+        gate, norm_in, norm_out, dropout, stochastic_depth,
+    )  # fmt: skip
 
     def start(key: jax.Array, site: Site, weight: Any) -> Leaves:
         del weight
-        *stack, features = site.shape
-        down = 0.02 * jax.random.normal(key, (*stack, width, features), dtype)
-        return {
-            "down": down,
-            "down_bias": jnp.zeros((*stack, width), dtype),
-            "up": jnp.zeros((*stack, width, features), dtype),
-            "up_bias": jnp.zeros((*stack, features), dtype),
-        }
+        return form.init(key, site, width, reduction, dtype)
 
-    def call(site: Site, leaves: Leaves, h: jax.Array, here: Here) -> jax.Array:
-        del site
-        down, down_bias, up, up_bias = (
-            leaves[name].astype(h.dtype) for name in ("down", "down_bias", "up", "up_bias")
-        )
-        seen = h
-        if here.key is not None and dropout:
-            keep = jax.random.bernoulli(here.key, 1.0 - dropout, h.shape)
-            seen = jnp.where(keep, h / (1.0 - dropout), 0.0)
-        return h + f(seen @ down.T + down_bias) @ up + up_bias
-
-    def fits(site: Site) -> bool:
-        return site.boundary
-
+    options = {
+        "width": width, "reduction": reduction, "activation": name,
+        "reads": reads if isinstance(reads, str) else list(reads),
+        "residual": residual if isinstance(residual, str) else weights,
+        "scale": scale, "gate": gate, "norm_in": norm_in, "norm_out": norm_out, "bias": bias,
+        "dropout": dropout, "stochastic_depth": stochastic_depth,
+        "phm": None if isinstance(maps, Dense) else maps.options(),
+    }  # fmt: skip
     return Method(
         "bottleneck",
         start,
         None,
-        fits,
-        lambda site: site.boundary and site.path.endswith(":out") and site.path != ":out",
-        {"width": width, "activation": name, "dropout": dropout},
-        call=call,
+        fits=parts.has_features,
+        bare=lambda site: site.side == "delta",
+        options=options,
+        fixed=maps.fixed,
+        call=form,
+        shared=maps.shared,
     )
 
 
-def _named(activation: str | Callable[[jax.Array], jax.Array]) -> tuple[Callable[..., Any], str]:
-    """The function, and its name: that in `jax.nn` where it is one of those."""
-    if isinstance(activation, str):
-        if not callable(getattr(jax.nn, activation, None)):
-            raise ValueError(f"activation={activation!r} is not in jax.nn. Use 'relu', 'gelu', ...")
-        return getattr(jax.nn, activation), activation
-    name = getattr(activation, "__name__", repr(activation))
-    if getattr(jax.nn, name, None) is activation:
-        return activation, name
-    return activation, f"{getattr(activation, '__module__', '?')}.{name}"
+def _check_size(width: Any, reduction: Any) -> None:
+    if (width is None) == (reduction is None):
+        raise ValueError("a bottleneck has a width or a reduction: bottleneck(48), reduction=16.")
+    if width is not None and (not isinstance(width, int) or width < 1):
+        raise ValueError(f"width={width!r} is not a width. Use a positive int: bottleneck(48).")
+    if reduction is not None and not reduction > 0:
+        raise ValueError(f"reduction={reduction!r} must be positive: bottleneck(reduction=16).")
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is none of {', '.join(map(repr, choices))}.")
