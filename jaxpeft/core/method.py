@@ -27,6 +27,7 @@ class Needs(NamedTuple):
         attention: it works at the queries, keys or values of attentions.
         grows: `(glob, count)`: modules inside of which sequences are `count` rows longer, the new
             rows last.
+        everywhere: `(site) -> bool`: sites that must all have the method, or none.
     """
 
     virtual: tuple[Virtual, ...] = ()
@@ -34,17 +35,18 @@ class Needs(NamedTuple):
     reads: tuple[Callable[[Site], tuple[str, ...]], ...] = ()
     attention: bool = False
     grows: tuple[tuple[str, int], ...] = ()
+    everywhere: Callable[[Site], bool] | None = None
 
 
 def together(needs: Sequence[Needs]) -> Needs:
     """The needs of several methods at once."""
-    virtual, inputs, reads, attention, grows = zip(*needs, strict=True) if needs else ((),) * 5
     return Needs(
-        tuple(v for each in virtual for v in each),
-        tuple(dict.fromkeys(name for each in inputs for name in each)),
-        tuple(read for each in reads for read in each),
-        any(attention),
-        tuple(dict.fromkeys(grow for each in grows for grow in each)),
+        tuple(virtual for need in needs for virtual in need.virtual),
+        tuple(dict.fromkeys(name for need in needs for name in need.inputs)),
+        tuple(read for need in needs for read in need.reads),
+        any(need.attention for need in needs),
+        tuple(dict.fromkeys(grow for need in needs for grow in need.grows)),
+        next((need.everywhere for need in needs if need.everywhere), None),
     )
 
 

@@ -17,7 +17,7 @@ from jaxpeft.core import virtual as virtuals
 from jaxpeft.core.adapter import Adapter as Adapter
 from jaxpeft.core.adapter import Sites as Sites
 from jaxpeft.core.adapter import is_shared, shared_inits, shared_site
-from jaxpeft.core.method import SHARED, Method, methods_of, resolve, together, tune_weight
+from jaxpeft.core.method import SHARED, Method, Needs, methods_of, resolve, together, tune_weight
 from jaxpeft.core.report import refuse, warn
 from jaxpeft.core.rules import compile_pattern, nearest, unmatched
 from jaxpeft.core.site import Site
@@ -39,6 +39,7 @@ class Tuned:
         strict: raise where a weight would be materialized.
         head: path of the output head where the model says which one it is, else None.
         names: `(kwargs) -> names` of the positional arguments of the model's call after params.
+        beside: whether the model's attentions take keys and values that a prefix made longer.
     """
 
     fn: Callable[..., Any]
@@ -46,6 +47,7 @@ class Tuned:
     strict: bool = False
     head: str | None = None
     names: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda kwargs: ()
+    beside: bool = False
 
     def init(self, key: Array, params: Any, *inputs: Any, **kwargs: Any) -> Adapter:
         """A fresh adapter, which changes nothing yet.
@@ -65,6 +67,8 @@ class Tuned:
         key = typed_key(key)
         sites = self.sites(params, *inputs, **kwargs)
         chosen = resolve(self.tuning, sites, self.head)
+        if not self.beside:
+            _check_everywhere(chosen, sites)
         weights = dict(leaves_with_paths(params, is_leaf=_is_structured)[0])
         by_path = {site.path: _reading(site, chosen, sites) for site in sites}
         leaves = {
@@ -108,6 +112,7 @@ class Tuned:
         weights = self._weights(chosen, adapter, params, dropout_key)
         taps = self._taps(chosen, adapter, params, dropout_key, own)
         fn, front = self._lengthened(chosen, adapter, virtual, own, kwargs)
+        kwargs = self._shift(needs) | kwargs
         report = refuse if self.strict else warn
         # A method of the model other than its call may well pass by some of the boundaries.
         whole = kwargs.get("method") is None and virtual == "cut"
@@ -121,9 +126,9 @@ class Tuned:
     def virtual_tokens(self) -> int:
         """Virtual tokens in front of a sequence, which take slots of a cache."""
         needs = together([method.needs for method in methods_of(self.tuning)])
-        found = dict.fromkeys(needs.virtual)
-        prefix = max((virtual.count for virtual in found if virtual.rows is None), default=0)
-        return prefix + sum(virtual.count for virtual in found if virtual.rows is not None)
+        found = dict.fromkeys(v for v in needs.virtual if not v.beside(self.beside))
+        prefix = max((virtual.length for virtual in found if virtual.rows is None), default=0)
+        return prefix + sum(virtual.length for virtual in found if virtual.rows is not None)
 
     def merge(self, adapter: Adapter, params: Any) -> Any:
         """Plain params for the plain model, with the adapter baked in.
@@ -227,6 +232,11 @@ class Tuned:
             )
         return taps
 
+    def _shift(self, needs: Needs) -> dict[str, int]:
+        """The offset of positions that a prefix beside the sequence asks for."""
+        shifts = {v.length for v in needs.virtual if v.shift and v.beside(self.beside)}
+        return {"position_offset": max(shifts)} if shifts else {}
+
     def _lengthened(
         self, chosen: dict[str, Method], adapter: Adapter, mode: str, own: Any, kwargs: Any
     ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -238,6 +248,7 @@ class Tuned:
             for site in adapter.sites
             if site.path in chosen
             for virtual in chosen[site.path].needs.virtual
+            if not virtual.beside(self.beside)
         ]
         if not found or mode == "held":
             return self.fn, ()
@@ -272,6 +283,16 @@ def _reading(site: Site, chosen: Mapping[str, Method], sites: Sequence[Site]) ->
             )
         found += hits
     return dataclasses.replace(site, reads=tuple(dict.fromkeys(found)))
+
+
+def _check_everywhere(chosen: Mapping[str, Method], sites: Sequence[Site]) -> None:
+    everywhere = together([method.needs for method in chosen.values()]).everywhere
+    without = [s.path for s in sites if everywhere and everywhere(s) and s.path not in chosen]
+    if without:
+        raise ValueError(
+            f"{without[0]!r} has no method, though others like it have. The placeholders in front "
+            "of the sequence would be seen there as tokens. Let the rules match all of them."
+        )
 
 
 def _read_weights(params: Any, paths: Any) -> dict[str, Any]:
@@ -334,9 +355,10 @@ def transform(
     strict: bool = False,
     head: str | None = None,
     names: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None,
+    beside: bool = False,
 ) -> Tuned:
     """A tuned version of a pure function of `(params, *inputs)`; see `jaxpeft.transform`."""
-    return Tuned(fn, tuning, strict, head, names or _Names(argument_names(fn)[1:]))
+    return Tuned(fn, tuning, strict, head, names or _Names(argument_names(fn)[1:]), beside)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ placeholders added to the outputs is cut off again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,20 +29,36 @@ class Virtual(NamedTuple):
     """The virtual tokens of a method.
 
     Attributes:
-        count: tokens in front of each sequence.
-        rows: rows that the method adds to the table of the embedding: `count` a task. None for
+        length: tokens in front of each sequence.
+        rows: rows that the method adds to the table of the embedding: `length` a task. None for
             placeholders whose embedding does not matter.
         task: the keyword argument of `apply` that chooses among the rows, `int32[B]`; "" for none.
         names: the model's arguments, where they have unusual names: `(("tokens", name), ...)` with
             keys "tokens", "mask" and "positions".
         both: whether the tokens of a decoder behind an encoder are lengthened too.
+        place: "front" of the sequence; "back", behind it; "beside" it, which leaves the sequence as
+            it is: only the keys and values of attentions are longer, in models that provide for
+            it; "" for "beside" in those models, and "front" in others.
+        shift: whether tokens move on by as many positions where virtual tokens are "beside" them.
     """
 
-    count: int
+    length: int
     rows: int | None = None
     task: str = ""
     names: tuple[tuple[str, str], ...] = ()
     both: bool = False
+    place: str = ""
+    shift: bool = False
+
+    def beside(self, provided: bool) -> bool:
+        """Whether the sequence stays as it is, in a model that provides for it or not."""
+        wanted = self.place == "beside" or (self.place == "" and self.rows is None)
+        if self.place == "beside" and not provided:
+            raise ValueError(
+                'place="beside" is for models whose attentions take longer keys, which this one '
+                'does not declare. Use place="front", or "back" for an encoder.'
+            )
+        return wanted and provided
 
 
 class Front(NamedTuple):
@@ -72,14 +89,21 @@ class Lengthened:
         if not self.cut:
             return outs
         short = jax.eval_shape(lambda p: self.fn(p, *inputs, **kwargs), params)
-        return jax.tree.map(cut, outs, short)
+        return jax.tree.map(functools.partial(cut, behind=_count(self.fronts, "back")), outs, short)
 
 
-def cut(long: Any, short: Any) -> Any:
-    """`long` without the first entries of the axes along which it is longer than `short`."""
+def cut(long: Any, short: Any, behind: int) -> Any:
+    """`long` without what it has more than `short` along its axes, `behind` of it at the end."""
     if not isinstance(long, jax.Array) or long.shape == short.shape:
         return long
-    return long[tuple(slice(a - b, None) for a, b in zip(long.shape, short.shape, strict=True))]
+    starts = [max(a - b - behind, 0) for a, b in zip(long.shape, short.shape, strict=True)]
+    return long[tuple(slice(i, i + n) for i, n in zip(starts, short.shape, strict=True))]
+
+
+def _count(fronts: Sequence[Front], place: str) -> int:
+    """Virtual tokens behind the sequence, or in front of it."""
+    counts = (f.virtual.length for f in fronts if (f.virtual.place == "back") == (place == "back"))
+    return sum(counts)
 
 
 def lengthen(
@@ -128,42 +152,44 @@ def _lengthened(
     chosen: Mapping[str, Any],
 ) -> dict[str, Any]:
     tokens = named[group["tokens"]]
-    count = sum(front.virtual.count for front in fronts)
+    front, back = _count(fronts, "front"), _count(fronts, "back")
     longer = {group["tokens"]: _with_ids(tokens, fronts, chosen)}
     if group["mask"]:
-        longer[group["mask"]] = lengthened_mask(named[group["mask"]], tokens.shape[-1], count)
+        mask = named[group["mask"]]
+        longer[group["mask"]] = lengthened_mask(mask, tokens.shape[-1], front, back)
     if group["positions"]:
-        longer[group["positions"]] = _positions(named[group["positions"]], count)
+        longer[group["positions"]] = _positions(named[group["positions"]], front, back)
     for name, value in named.items():
         # Segment ids and the like: whatever else has one integer a token.
         alike = _is_ids(value) and value.shape == tokens.shape and name not in group.values()
         if alike and name.startswith(DECODER) == group["tokens"].startswith(DECODER):
-            longer[name] = jnp.pad(value, [(0, 0)] * (value.ndim - 1) + [(count, 0)])
+            longer[name] = jnp.pad(value, [(0, 0)] * (value.ndim - 1) + [(front, back)])
     return longer
 
 
 def _with_ids(tokens: Array, fronts: Sequence[Front], chosen: Mapping[str, Any]) -> Array:
-    blocks = [_ids(front, tokens, chosen) for front in fronts]
-    return jnp.concatenate([*blocks, tokens], axis=-1)
+    blocks = [(f.virtual.place == "back", _ids(f, tokens, chosen)) for f in fronts]
+    before = [ids for behind, ids in blocks if not behind]
+    return jnp.concatenate([*before, tokens, *(ids for behind, ids in blocks if behind)], axis=-1)
 
 
 def _ids(front: Front, tokens: Array, chosen: Mapping[str, Any]) -> Array:
-    virtual, shape = front.virtual, (*tokens.shape[:-1], front.virtual.count)
+    virtual, shape = front.virtual, (*tokens.shape[:-1], front.virtual.length)
     if virtual.rows is None:
         return jnp.zeros(shape, tokens.dtype)
-    ids = front.start + jnp.arange(virtual.count)
+    ids = front.start + jnp.arange(virtual.length)
     if virtual.task:
         if chosen.get(virtual.task) is None:
             raise ValueError(
                 f"the tuning has a prompt for each task: call apply(..., {virtual.task}=ids) with "
                 "one task id a sequence."
             )
-        ids = ids + virtual.count * jnp.asarray(chosen[virtual.task])[..., None]
+        ids = ids + virtual.length * jnp.asarray(chosen[virtual.task])[..., None]
     return jnp.broadcast_to(ids, shape).astype(tokens.dtype)
 
 
-def lengthened_mask(mask: Array, length: int, count: int) -> Array:
-    """A mask of `count` more tokens in front, all of which are seen.
+def lengthened_mask(mask: Array, length: int, front: int, back: int = 0) -> Array:
+    """A mask of more tokens in front and behind, all of which are seen.
 
     A mask `(B, T)` of any type, or one `(..., T, S)` over queries and keys: True or 1 for what is
     seen, or where it is floating point, 0 (it is added to the scores).
@@ -171,20 +197,28 @@ def lengthened_mask(mask: Array, length: int, count: int) -> Array:
     added = mask.ndim > 2 and jnp.issubdtype(mask.dtype, jnp.floating)
     widths = [(0, 0)] * mask.ndim
     if mask.shape[-1] == length:
-        widths[-1] = (count, 0)
+        widths[-1] = (front, back)
     seen = jnp.pad(mask, widths, constant_values=jnp.array(0 if added else 1, mask.dtype))
     if mask.ndim < 3 or mask.shape[-2] != length:
         return seen
     # Virtual queries see virtual keys alone, as nothing in front of them exists.
-    rows = jnp.zeros((*seen.shape[:-2], count, seen.shape[-1]), bool).at[..., :count].set(True)
+    keys = jnp.arange(seen.shape[-1])
+    virtual = (keys < front) | (keys >= seen.shape[-1] - back)
     hidden = jnp.finfo(mask.dtype).min if added else 0
-    rows = jnp.where(rows, 0 if added else 1, hidden).astype(mask.dtype)
-    return jnp.concatenate([rows, seen], axis=-2)
+    rows = jnp.where(virtual, 0 if added else 1, hidden).astype(mask.dtype)
+    parts = (jnp.broadcast_to(rows, (*seen.shape[:-2], n, rows.shape[-1])) for n in (front, back))
+    before, behind = parts
+    return jnp.concatenate([before, seen, behind], axis=-2)
 
 
-def _positions(positions: Array, count: int) -> Array:
-    front = jnp.broadcast_to(jnp.arange(count), (*positions.shape[:-1], count))
-    return jnp.concatenate([front.astype(positions.dtype), positions + count], axis=-1)
+def _positions(positions: Array, front: int, back: int) -> Array:
+    def beyond(start: Any, count: int) -> Array:
+        new = start + jnp.arange(count, dtype=positions.dtype)
+        return jnp.broadcast_to(new, (*positions.shape[:-1], count))
+
+    moved = positions + front
+    end = moved.max(axis=-1, keepdims=True) + 1
+    return jnp.concatenate([beyond(0, front), moved, beyond(end, back)], axis=-1)
 
 
 def fronts(virtuals: Sequence[tuple[str, int, Virtual]]) -> tuple[Front, ...]:
@@ -193,8 +227,8 @@ def fronts(virtuals: Sequence[tuple[str, int, Virtual]]) -> tuple[Front, ...]:
     Methods that need placeholders share them.
     """
     empty = {virtual for _, _, virtual in virtuals if virtual.rows is None}
-    if len({virtual.count for virtual in empty}) > 1:
-        counts = sorted(virtual.count for virtual in empty)
+    if len({virtual.length for virtual in empty}) > 1:
+        counts = sorted(virtual.length for virtual in empty)
         raise ValueError(f"prefixes have {counts} virtual tokens. Give them one length.")
     blocks = [Front(virtual, 0) for virtual in sorted(empty)[:1]]
     ends: dict[str, int] = {}

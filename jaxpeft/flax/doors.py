@@ -8,6 +8,7 @@ from typing import Any
 
 from flax import linen, nnx
 
+from jaxpeft.core.attention import mark_attention
 from jaxpeft.core.method import at_boundaries, methods_of, together
 from jaxpeft.core.transform import Tuned, argument_names
 from jaxpeft.core.transform import transform as transform_function
@@ -43,14 +44,22 @@ def transform(model: Any, tuning: Any, *, strict: bool = False) -> Tuned:
         True
     """
     head = getattr(model, "output_head", None)
-    fn = as_function(model, marks_for(tuning))
-    return transform_function(fn, tuning, strict=strict, head=head, names=argument_namer(model))
+    beside = getattr(model, "keys_take_prefix", False)
+    fn = as_function(model, marks_for(model, tuning))
+    names = argument_namer(model)
+    return transform_function(fn, tuning, strict=strict, head=head, names=names, beside=beside)
 
 
-def marks_for(tuning: Any) -> Marks | None:
+def marks_for(model: Any, tuning: Any) -> Marks | None:
     """How a model must be marked for a tuning; None if it is not."""
+    if not at_boundaries(tuning):
+        return None
     needs = together([method.needs for method in methods_of(tuning)])
-    return Marks(needs.grows, needs.attention) if at_boundaries(tuning) else None
+    provided = getattr(model, "keys_take_prefix", False)
+    beside = {virtual.length for virtual in needs.virtual if virtual.beside(provided)}
+    if len(beside) > 1:
+        raise ValueError(f"prefixes have {sorted(beside)} virtual tokens. Give them one length.")
+    return Marks(needs.grows, needs.attention, max(beside, default=0))
 
 
 def as_function(model: Any, marks: Marks | None = None) -> Callable[..., Any]:
@@ -66,11 +75,7 @@ def as_function(model: Any, marks: Marks | None = None) -> Callable[..., Any]:
             "a model is a linen module, an nnx module or a function f(params, *inputs), got "
             f"{model!r}."
         )
-    if marks and marks.attention:
-        from jaxpeft.core.attention import mark_attention
-
-        return mark_attention(fn)
-    return fn
+    return mark_attention(fn) if marks and marks.attention else fn
 
 
 def argument_namer(model: Any) -> Callable[[Mapping[str, Any]], tuple[str, ...]] | None:

@@ -80,7 +80,7 @@ def _marked(cls: type, path: str, marks: Marks) -> type:
         return mark_call(functools.partial(cls.__call__, self), path, args, kwargs, marks)
 
     def point(self: Any, x: jax.Array, **sources: Any) -> jax.Array:
-        return mark_point(path, x, sources)
+        return mark_point(path, x, sources, marks)
 
     call = point if issubclass(cls, Point) else call
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})

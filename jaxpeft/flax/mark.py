@@ -19,10 +19,12 @@ class Marks(NamedTuple):
     Attributes:
         grows: `(glob, count)`: modules inside of which sequences have `count` more rows at the end.
         attention: whether the attentions are marked too.
+        beside: rows to put in front of the keys and values at points of these names.
     """
 
     grows: tuple[tuple[str, int], ...] = ()
     attention: bool = False
+    beside: int = 0
 
     def rows(self, path: str) -> int:
         """Rows that sequences are longer inside the module at `path` than around it."""
@@ -55,9 +57,11 @@ def mark_call(run: Callable[..., Any], path: str, args: Any, kwargs: Any, marks:
     return _first(run(*args, **kwargs), lambda x: _cut(tap(x, f"{path}:out", **given), rows))
 
 
-def mark_point(path: str, x: jax.Array, sources: dict[str, Any]) -> jax.Array:
+def mark_point(path: str, x: jax.Array, sources: dict[str, Any], marks: Marks) -> jax.Array:
     """The call of the `Point` at `path`."""
     parent, _, name = path.rpartition("/")
+    if marks.beside and name in ("key", "value"):
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(marks.beside, 0), (0, 0), (0, 0)])
     return tap(x, f"{parent}:{name}", **{k: v() if callable(v) else v for k, v in sources.items()})
 
 

@@ -33,7 +33,7 @@ class Attached(nnx.Module):
 
     def __call__(self, *inputs: Any, dropout_key: Any = None, **kwargs: Any) -> Any:
         # The graph as it is now: `train()` and `eval()` change it.
-        fn = as_function(self.base, marks_for(self.tuned.tuning))
+        fn = as_function(self.base, marks_for(self.base, self.tuned.tuning))
         state = nnx.state(self.base)
         out, state = dataclasses.replace(self.tuned, fn=fn).apply(
             self.adapter, state, *inputs, dropout_key=dropout_key, mutable=_MUTABLE, **kwargs

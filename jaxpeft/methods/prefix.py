@@ -25,6 +25,8 @@ def prefix_tuning(
     *,
     hidden: int | None = None,
     width: int | None = None,
+    place: str = "",
+    shift: bool = False,
     names: Mapping[str, str] | None = None,
     dtype: Any = jnp.float32,
 ) -> Method:
@@ -32,8 +34,9 @@ def prefix_tuning(
 
     The sequence is lengthened by placeholders, so that masks, positions and caches have room, and
     in every attention the keys and values of the placeholders are the learned ones, after any
-    rotary embedding (what `peft` calls past key values). Works with remat and with a cache. A
-    fresh prefix changes the outputs, as in the paper.
+    rotary embedding (what `peft` calls past key values). Works with remat and with a cache, on any
+    model whose attentions are found (`tuned.sites` lists them). A fresh prefix changes the
+    outputs, as in the paper.
 
     Flat leaves, at the keys and at the values of each attention: `prefix` (stack..., tokens,
     heads, head width). With `hidden`, as the paper trains it, `embedding` (stack..., tokens,
@@ -44,6 +47,13 @@ def prefix_tuning(
         tokens: length of the prefix, `n`.
         hidden: width of the hidden layer of the reparameterization; None for the flat form.
         width: of its embedding; `heads * head width` when absent.
+        place: "front": the prefix takes the first positions of a longer sequence, as in `peft`,
+            which is right for causal models. "back": the last ones, for encoders, whose first token
+            stays the first. "beside": only the keys and values of attentions are longer, as in
+            AdapterHub: for models that provide for it, such as this library's encoders, and the
+            default there. By default "front" elsewhere.
+        shift: where the prefix is "beside" the sequence, move tokens on by its length in positions
+            all the same, as in `peft`'s files for encoders.
         names: the model's arguments where they have unusual names: keys "tokens", "mask" and
             "positions".
         dtype: of the leaves.
@@ -67,6 +77,10 @@ def prefix_tuning(
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}={value!r} is not a width. Use a positive int, or None.")
 
+    if place not in ("", "front", "back", "beside"):
+        raise ValueError(f'place={place!r} is none of "front", "back" and "beside".')
+    where = slice(-tokens, None) if place == "back" else slice(0, tokens)
+
     def start(key: Array, site: Site, weight: Any) -> Leaves:
         del weight
         *stack, heads, size = site.shape
@@ -79,10 +93,18 @@ def prefix_tuning(
         del site, here
         prefix = leaves["prefix"] if hidden is None else _computed(leaves)
         rows = prefix.reshape(tokens, *x.shape[-2:]).astype(x.dtype)
-        return x.at[..., :tokens, :, :].set(rows)
+        return x.at[..., where, :, :].set(rows)
 
-    options = {"tokens": tokens, "hidden": hidden, "width": width, "names": dict(names or {})}
-    virtual = Virtual(tokens, names=tuple(sorted((names or {}).items())), both=True)
+    options = {
+        "tokens": tokens,
+        "hidden": hidden,
+        "width": width,
+        "place": place,
+        "shift": shift,
+        "names": dict(names or {}),
+    }
+    given = tuple(sorted((names or {}).items()))
+    virtual = Virtual(tokens, names=given, both=True, place=place, shift=shift)
     return Method(
         "prefix_tuning",
         start,
@@ -91,7 +113,7 @@ def prefix_tuning(
         bare=is_key_or_value,
         options=options,
         call=call,
-        needs=Needs(virtual=(virtual,), attention=True),
+        needs=Needs(virtual=(virtual,), attention=True, everywhere=is_key_or_value),
     )
 
 

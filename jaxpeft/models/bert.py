@@ -25,6 +25,7 @@ from jaxpeft.models.bert_names import names
 from jaxpeft.models.decoder import KEEP_PROJECTIONS, Embedding, Linear, Policy
 from jaxpeft.models.heads import head_modules, make_heads, run_heads
 from jaxpeft.models.layers import ACTIVATIONS, LayerNorm
+from jaxpeft.models.masks import over_keys
 from jaxpeft.models.model import Model
 from jaxpeft.models.names import Name
 
@@ -93,7 +94,8 @@ class Attention(nnx.Module):
         q = self.query(self.self.query(x).reshape(heads))
         k = self.key(self.self.key(x).reshape(heads))
         v = self.value(self.self.value(x).reshape(heads))
-        y = self.context(jax.nn.dot_product_attention(q, k, v, mask=visible), query=q)
+        y = jax.nn.dot_product_attention(q, k, v, mask=over_keys(visible, k))
+        y = self.context(y, query=q)
         return self.output(y.reshape(x.shape), x, delta=self.delta)
 
 
@@ -169,6 +171,8 @@ class Bert(Model):
         (1, 3)
     """
 
+    keys_take_prefix = True
+
     def __init__(
         self,
         config: BertConfig,
@@ -191,6 +195,7 @@ class Bert(Model):
         mask: Array | None = None,
         token_types: Array | None = None,
         positions: Array | None = None,
+        position_offset: int = 0,
     ) -> Array:
         """What the task asks for, or the last hidden states.
 
@@ -201,6 +206,7 @@ class Bert(Model):
                 for DistilBERT, which does not tell them apart.
             positions: `int32[B, T]`. When absent they count slots from 0; RoBERTa's count the
                 tokens that are not `config.pad_token_id`, from `config.pad_token_id + 1`.
+            position_offset: added to all positions: a prefix takes the first ones in `peft`.
 
         Returns:
             For `config.task` None, `[B, T, D]` in the weights' dtype; "sequence-classification" and
@@ -216,7 +222,7 @@ class Bert(Model):
             positions = _positions(self.config, tokens)
         if token_types is not None and not self.config.type_vocab_size:
             raise ValueError(f"token_types are none of {self.config.model_type!r}. Leave them out.")
-        x = self.embeddings(tokens, positions, token_types)
+        x = self.embeddings(tokens, positions + position_offset, token_types)
         visible = None if mask is None else mask[:, None, None, :]
         x = self.encoder(x, visible)
         return run_heads(self, self.config, x, mask)

@@ -20,7 +20,9 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from jaxpeft.flax.mark import Point
 from jaxpeft.models.config import DecoderConfig
+from jaxpeft.models.masks import over_keys
 from jaxpeft.models.model import Model
 from jaxpeft.models.names import Name, names
 from jaxpeft.models.rope import apply_rope, rope_frequencies
@@ -71,15 +73,22 @@ class Attention(nnx.Module):
         self.k_proj = Linear((layers, width, keys), bias=config.qkv_bias, **kw)
         self.v_proj = Linear((layers, width, keys), bias=config.qkv_bias, **kw)
         self.o_proj = Linear((layers, queries, width), bias=config.o_bias, **kw)
+        self.query, self.key, self.value, self.context = (Point() for _ in range(4))
+        self.delta = Point()
 
-    def __call__(self, x: Array, rope: tuple[Array, Array], visible: Array, store: Store) -> Array:
+    def __call__(
+        self, x: Array, rope: tuple[Array, Array], visible: Array, store: Store, *, stream: Array
+    ) -> Array:
         heads = (*x.shape[:-1], -1, self.head_dim)
         q = apply_rope(self.q_proj(x).reshape(heads), *rope)
         k = apply_rope(self.k_proj(x).reshape(heads), *rope)
         v = self.v_proj(x).reshape(heads)
         k, v = store(k, v)
-        y = jax.nn.dot_product_attention(q, k, v, mask=visible)
-        return self.o_proj(y.reshape(*x.shape[:-1], -1))
+        q, k, v = self.query(q), self.key(k), self.value(v)
+        y = jax.nn.dot_product_attention(q, k, v, mask=over_keys(visible, k))
+        y = self.context(y, query=q)
+        y = self.o_proj(y.reshape(*x.shape[:-1], -1))
+        return self.delta(y, stream=stream, sum=lambda: stream + y)
 
 
 class MLP(nnx.Module):
@@ -93,9 +102,11 @@ class MLP(nnx.Module):
         self.gate_proj = Linear((layers, width, hidden), **kw)
         self.up_proj = Linear((layers, width, hidden), **kw)
         self.down_proj = Linear((layers, hidden, width), **kw)
+        self.delta = Point()
 
-    def __call__(self, x: Array) -> Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x: Array, *, stream: Array) -> Array:
+        y = self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.delta(y, stream=stream, sum=lambda: stream + y)
 
 
 class Block(nnx.Module):
@@ -110,8 +121,8 @@ class Block(nnx.Module):
         self.mlp = MLP(config, **kw)
 
     def __call__(self, x: Array, rope: tuple[Array, Array], visible: Array, store: Store) -> Array:
-        x = x + self.self_attn(self.input_layernorm(x), rope, visible, store)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(self.input_layernorm(x), rope, visible, store, stream=x)
+        return x + self.mlp(self.post_attention_layernorm(x), stream=x)
 
 
 class Embedding(nnx.Module):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxpeft.core.transform import Tuned
 from jaxpeft.serve.sample import sample
 
 Apply = Callable[..., Any]
@@ -39,7 +40,8 @@ def generate(
         apply: `apply(*state, tokens, mask=..., cache=...) -> (logits[B, T, V], cache)`.
         state: what comes before the tokens: `(params,)`, or `(adapter, params)`.
         tokens: `int32[B, T]`, the prompts, padded on either side.
-        cache: an empty cache of at least `T + max_new_tokens` slots: `model.init_cache(B, slots)`.
+        cache: an empty cache of at least `T + max_new_tokens` slots, and of `tuned.virtual_tokens`
+            more for a tuned model: `model.init_cache(B, slots)`.
         max_new_tokens: how many tokens to add at most.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: sample from the k likeliest tokens only.
@@ -66,7 +68,7 @@ def generate(
     ends = _ends(eos_token_id)
     settings = _settings(temperature, top_k, top_p, key)
     tokens, mask = _prompt(tokens, mask)
-    _check_length(cache, tokens, max_new_tokens)
+    _check_length(apply, cache, tokens, max_new_tokens)
     pad = ends[0] if pad_token_id is None and ends else pad_token_id or 0
     static = dict(apply=apply, top_k=top_k)
     first, cache, key = _prefill(state, tokens, mask, cache, key, settings, **static)
@@ -123,7 +125,7 @@ def stream(
     ends = _ends(eos_token_id)
     settings = _settings(temperature, top_k, top_p, key)
     tokens, mask = _prompt(tokens, mask)
-    _check_length(cache, tokens, max_new_tokens)
+    _check_length(apply, cache, tokens, max_new_tokens)
     return _stream(apply, state, tokens, mask, cache, max_new_tokens, top_k, key, settings, ends)
 
 
@@ -177,9 +179,15 @@ def _step(state, token, cache, key, settings, *, apply, top_k):
 def _advance(state, token, cache, key, settings, apply, top_k):
     """One decoding step: the token enters the cache, and the next one is drawn."""
     mask = jnp.ones((token.shape[0], 1), bool)
-    logits, cache = apply(*state, token[:, None], mask=mask, cache=cache)
+    logits, cache = _continuing(apply)(*state, token[:, None], mask=mask, cache=cache)
     key, now = _split(key)
     return sample(now, logits[:, -1], top_k=top_k, **settings), cache, key
+
+
+def _continuing(apply: Apply) -> Apply:
+    """The call for tokens that follow a prompt: a tuned model has its virtual tokens in front."""
+    owner = getattr(apply, "__self__", None)
+    return owner.decode if isinstance(owner, Tuned) else getattr(apply, "decode", apply)
 
 
 def _split(key: Array | None) -> tuple[Array | None, Array | None]:
@@ -225,14 +233,17 @@ def _prompt(tokens: Array, mask: Array | None) -> tuple[Array, Array]:
     return tokens, mask
 
 
-def _check_length(cache: Any, tokens: Array, max_new_tokens: int) -> None:
+def _check_length(apply: Apply, cache: Any, tokens: Array, max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} asks for no token. Use 1 or more.")
-    needed = tokens.shape[1] + max_new_tokens
+    owner = getattr(apply, "__self__", None)
+    virtual = owner.virtual_tokens if isinstance(owner, Tuned) else 0
+    needed = virtual + tokens.shape[1] + max_new_tokens
     slots = cache["mask"].shape[1] if isinstance(cache, dict) and "mask" in cache else needed
     if slots < needed:
+        of_tuning = f"{virtual} virtual tokens (tuned.virtual_tokens), " if virtual else ""
         raise ValueError(
-            f"the cache has {slots} slots, but {tokens.shape[1]} prompt tokens and "
+            f"the cache has {slots} slots, but {of_tuning}{tokens.shape[1]} prompt tokens and "
             f"max_new_tokens={max_new_tokens} need {needed}. "
             f"Use cache=model.init_cache({tokens.shape[0]}, {needed})."
         )
