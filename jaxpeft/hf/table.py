@@ -19,6 +19,22 @@ from jaxpeft.models import FAMILIES, Model
 # The output head of Hugging Face's language models, which a tied model has only by name.
 HEAD = "lm_head"
 
+# PEFT's names of tasks, and the modules that it trains whole for them, whether asked to or not.
+TASK_TYPES = {
+    "causal-lm": "CAUSAL_LM",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
+    "sequence-classification": "SEQ_CLS",
+    "regression": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "question-answering": "QUESTION_ANS",
+    "embedding": "FEATURE_EXTRACTION",
+}
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -28,10 +44,13 @@ class Row:
         site: the parameter and its use.
         tensor: the torch name, such as "model.layers.{layer}.mlp.up_proj.weight"; "{layer}" stands
             for the index along the parameter's stack axis.
+        axes: `ours = theirs.transpose(axes)` for one layer's tensor, empty where they are equal;
+            None where it is to be told from the parameter's use.
     """
 
     site: Site
     tensor: str
+    axes: tuple[int, ...] | None = None
 
     @property
     def path(self) -> str:
@@ -106,9 +125,19 @@ def of_model(model: Any) -> Table | None:
     if not isinstance(model, Model):
         return None
     sites = transform(model, full()).sites(nnx.state(model), *model.example())
-    tensors = {name.path: name.tensor for name in model.names()}
-    rows = {s.path: _row(s, tensors[s.path]) for s in sites if not s.boundary}
+    names = {name.path: name for name in model.names()}
+    rows = {
+        site.path: _row(site, names[site.path].tensor, names[site.path].axes)
+        for site in sites
+        if not site.boundary
+    }
     return Table(rows, True, True)
+
+
+def task_type_of(model: Any) -> str | None:
+    """PEFT's name of what a model is for; of a model that is not known, "CAUSAL_LM"."""
+    task = model.task if isinstance(model, Model) else "causal-lm"
+    return TASK_TYPES.get(task or "embedding")
 
 
 def of_adapter(adapter: Adapter) -> Table:
@@ -174,7 +203,7 @@ def _fill(glob: str, template: str, found: Sequence[str]) -> str:
     return f"{name}.bias" if glob.rpartition("/")[2] == "bias" else f"{name}.weight"
 
 
-def _row(site: Site, tensor: str) -> Row:
+def _row(site: Site, tensor: str, axes: tuple[int, ...] | None = None) -> Row:
     stack = site.axes("stack")
     if "{layer}" in tensor and len(stack) != 1:
         raise ValueError(
@@ -182,7 +211,7 @@ def _row(site: Site, tensor: str) -> Row:
             f"{len(stack)} stack axes (roles {site.roles}). Leave '{{layer}}' out, or name a "
             "parameter that is stacked over layers."
         )
-    return Row(site, tensor)
+    return Row(site, tensor, axes)
 
 
 def _check_distinct(rows: Mapping[str, Row]) -> None:

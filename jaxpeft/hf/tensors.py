@@ -69,6 +69,8 @@ def torch_axes(row: Row) -> tuple[tuple[int, ...], tuple[int, ...]]:
     Linear maps are (out, in) in torch, embeddings (in, out); anything else has one axis.
     """
     site = row.site
+    if row.axes is not None:
+        return _known_axes(row, row.axes)
     stack = site.axes("stack") if row.stacked else ()
     if not site.linear:
         rest = tuple(axis for axis in range(len(site.shape)) if axis not in stack)
@@ -77,3 +79,10 @@ def torch_axes(row: Row) -> tuple[tuple[int, ...], tuple[int, ...]]:
     groups = groups[::-1] if site.table else groups
     sizes = tuple(int(np.prod([site.shape[axis] for axis in group])) for group in groups)
     return (*stack, *groups[0], *groups[1]), sizes
+
+
+def _known_axes(row: Row, axes: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    shape, first = row.site.shape, int(row.stacked)
+    order = np.argsort(axes) if axes else range(len(shape) - first)
+    ordered = tuple(first + int(axis) for axis in order)
+    return (*range(first), *ordered), tuple(shape[axis] for axis in ordered)

@@ -15,9 +15,17 @@ from jaxpeft.core.transform import Adapter, Tuned
 from jaxpeft.hf.collect import Found, Pair, PeftFormatError, collect, stages_at
 from jaxpeft.hf.config import CONFIG, WEIGHTS, Options, full_config
 from jaxpeft.hf.files import some, write_directory, write_json, write_tensors
-from jaxpeft.hf.match import ends, parts, search, shortest
+from jaxpeft.hf.match import ends, parts, saved, search, shortest
 from jaxpeft.hf.read import NOTES
-from jaxpeft.hf.table import HEAD, Table, of_adapter, of_model, of_names
+from jaxpeft.hf.table import (
+    HEAD,
+    TASK_HEADS,
+    Table,
+    of_adapter,
+    of_model,
+    of_names,
+    task_type_of,
+)
 from jaxpeft.hf.tensors import PREFIX, low_rank_keys
 
 
@@ -30,7 +38,7 @@ def save_adapter(
     names: Mapping[str, str] | None = None,
     sites: Sequence[Site] | None = None,
     base_model_name: str | None = None,
-    task_type: str | None = "CAUSAL_LM",
+    task_type: str | None = "auto",
 ) -> None:
     """Writes a LoRA adapter as PEFT does, in float32, for `peft.PeftModel.from_pretrained`.
 
@@ -43,12 +51,13 @@ def save_adapter(
         directory: made if absent; an adapter in it is replaced.
         tuned: of `jaxpeft.transform` or `load_adapter`.
         adapter: what to save.
-        model: the model that `tuned` was made of. Needed where biases are trained, to know which
-            others there are.
+        model: the model that `tuned` was made of. Needed for encoders, whose names depend on their
+            task, and where biases are trained, to know which others there are.
         names: the torch modules of a model that is not of this library, as for `load_adapter`.
         sites: all of that model's parameters, as for `load_adapter`; what `model` is good for.
         base_model_name: directory or hub name of the base model, for PEFT's users.
-        task_type: PEFT's.
+        task_type: PEFT's; "auto" for that of `model`'s task, "CAUSAL_LM" where it is not known.
+            PEFT trains the classifier of a classification model whole, as full() does here.
 
     Raises:
         PeftFormatError: a `ValueError`, if PEFT's LoRA cannot express the adapter.
@@ -61,7 +70,8 @@ def save_adapter(
     stages = stages_at(tuned, adapter)
     table = _find_table(adapter, model, names, sites)
     found = collect(stages, table)
-    config = _config(found, table)
+    task_type = task_type_of(model) if task_type == "auto" else task_type
+    config = _config(found, table, task_type)
     _check_config(config, found, table)
     about = {"base_model_name_or_path": base_model_name, "task_type": task_type}
     notes = {"format": "jaxpeft", "version": 1, **table.to_json(adapter.sites)}
@@ -80,7 +90,7 @@ def _find_table(adapter: Adapter, model: Any, names: Any, sites: Any) -> Table:
     return of_model(model) or of_adapter(adapter)
 
 
-def _config(found: Found, table: Table) -> dict[str, Any]:
+def _config(found: Found, table: Table, task_type: str | None) -> dict[str, Any]:
     if not found.pairs:
         raise PeftFormatError("it has no LoRA, and PEFT needs at least one module with it.")
     dropouts = {pair.dropout for pair in found.pairs.values()}
@@ -96,7 +106,7 @@ def _config(found: Found, table: Table) -> dict[str, Any]:
     rank, alpha = _usual(ranks.values()), _usual(alphas.values())
     whole = [m for m in found.full if "weight" in found.full[m]]
     to_target = shortest(found.pairs, modules, lambda name, module: ends(module, [name]))
-    to_save = shortest(whole, modules, lambda name, module: module.endswith(name))
+    to_save = _to_save(whole, modules, table, TASK_HEADS.get(task_type or "", ()))
     return full_config(
         r=rank,
         lora_alpha=alpha,
@@ -105,12 +115,25 @@ def _config(found: Found, table: Table) -> dict[str, Any]:
         rank_pattern=_pattern(ranks, rank),
         alpha_pattern=_pattern(alphas, alpha),
         target_modules=to_target if table.shortens else sorted(found.pairs),
-        modules_to_save=(to_save if table.shortens else sorted(whole)) or None,
+        modules_to_save=to_save or None,
         bias=_bias(found, whole, table),
         lora_bias=_has_lora_bias(found),
         trainable_token_indices=found.tokens or None,
         ensure_weight_tying=bool(tied),
     )
+
+
+def _to_save(
+    whole: Sequence[str], modules: Sequence[str], table: Table, heads: Sequence[str]
+) -> list[str]:
+    """`modules_to_save`; with PEFT's own names of a task's head if it is trained whole."""
+    head = [module for module in table.modules if saved(heads, module)]
+    if not head or set(head) - set(whole):
+        head, heads = [], ()
+    rest = [module for module in whole if module not in head]
+    if table.shortens:
+        rest = shortest(rest, modules, lambda name, module: module.endswith(name))
+    return [*heads, *sorted(rest)]
 
 
 def _modules(table: Table) -> list[str]:
@@ -199,11 +222,15 @@ def _tied(found: Found, table: Table) -> str:
 def _check_config(config: Mapping[str, Any], found: Found, table: Table) -> None:
     """That PEFT will choose these modules, and no others."""
     options = Options(**{f.name: config[f.name] for f in dataclasses.fields(Options)})
+    held = table.modules
     for module in _modules(table):
         chosen = options.targets(module, False, HEAD)
-        whole = "weight" in found.full.get(module, {})
+        inside = [m for m in held if m.startswith(f"{module}.")] or [module]
+        whole = all("weight" in found.full.get(m, {}) for m in inside)
+        # All that a module holds may also be named one by one.
+        saves = options.saves(module) or whole and module not in held
         pair = found.pairs.get(module)
-        right = chosen == bool(pair) and options.saves(module) == whole
+        right = chosen == bool(pair) and saves == whole
         if pair:
             sizes = pair.rank, _alpha(pair, options.use_rslora)
             right &= sizes == (options.rank(module), options.alpha(module))
