@@ -1,6 +1,6 @@
 """What every model here can do."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
@@ -14,9 +14,13 @@ class Model(nnx.Module):
     Attributes:
         config: a frozen dataclass that describes the model in full; `config.model_type` is a key
             of `jaxpeft.models.families.FAMILIES`.
+        keys_take_prefix: whether the attentions take keys and values that prefix tuning made
+            longer, so that the sequence stays as it is. Not for causal models, whose prefix takes
+            positions and slots of the cache.
     """
 
     config: Any
+    keys_take_prefix: ClassVar[bool] = False
 
     @property
     def task(self) -> str | None:
