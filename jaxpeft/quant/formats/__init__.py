@@ -14,6 +14,10 @@ from jaxpeft.quant.formats.codebook import FP4 as FP4
 from jaxpeft.quant.formats.codebook import NF4 as NF4
 from jaxpeft.quant.formats.codebook import fp4 as fp4
 from jaxpeft.quant.formats.codebook import nf4 as nf4
+from jaxpeft.quant.formats.float8 import Float8 as Float8
+from jaxpeft.quant.formats.float8 import fp8 as fp8
+from jaxpeft.quant.formats.float8 import from_fp8 as from_fp8
+from jaxpeft.quant.formats.float8 import to_fp8 as to_fp8
 from jaxpeft.quant.formats.gptq import from_awq as from_awq
 from jaxpeft.quant.formats.gptq import from_gptq as from_gptq
 from jaxpeft.quant.formats.gptq import to_awq as to_awq
@@ -27,3 +31,7 @@ from jaxpeft.quant.formats.llm_int8 import from_llm_int8 as from_llm_int8
 from jaxpeft.quant.formats.llm_int8 import llm_int8 as llm_int8
 from jaxpeft.quant.formats.llm_int8 import llm_int8_dot as llm_int8_dot
 from jaxpeft.quant.formats.llm_int8 import to_llm_int8 as to_llm_int8
+from jaxpeft.quant.formats.micro import MXFP4 as MXFP4
+from jaxpeft.quant.formats.micro import NVFP4 as NVFP4
+from jaxpeft.quant.formats.micro import mxfp4 as mxfp4
+from jaxpeft.quant.formats.micro import nvfp4 as nvfp4

@@ -97,7 +97,7 @@ def quantize(weight: Array, fmt: Format, *, key: Array | None = None) -> Packed:
 
 
 def dequantize(
-    packed: Mapping[str, Array], fmt: Format, shape: Shape, dtype: DTypeLike = jnp.float32
+    packed: Mapping[str, Any], fmt: Format, shape: Shape, dtype: DTypeLike = jnp.float32
 ) -> Array:
     """The dense weight, computed in float32 and rounded once to `dtype`.
 
@@ -123,7 +123,7 @@ def dequantize(
     return _decode(dict(packed), fmt, dtype)
 
 
-def error(weight: Array, packed: Mapping[str, Array], fmt: Format) -> Error:
+def error(weight: Array, packed: Mapping[str, Any], fmt: Format) -> Error:
     """Root mean square and largest relative difference between a weight and its packed form.
 
     Args:
@@ -157,7 +157,7 @@ def _decode(packed: Packed, fmt: Format, dtype: DTypeLike) -> Array:
     return fmt.decode(packed).astype(dtype)
 
 
-def check(packed: Mapping[str, Array], fmt: Format, shape: Shape) -> None:
+def check(packed: Mapping[str, Any], fmt: Format, shape: Shape) -> None:
     """Checks the layout of packed arrays, and that their scales are finite where they are known.
 
     Raises:
@@ -169,7 +169,7 @@ def check(packed: Mapping[str, Array], fmt: Format, shape: Shape) -> None:
             _check_finite(name, array, "The file is damaged: download or quantize it again.")
 
 
-def check_layout(packed: Mapping[str, Array], fmt: Format, shape: Shape) -> None:
+def check_layout(packed: Mapping[str, Any], fmt: Format, shape: Shape) -> None:
     """Checks names, shapes and dtypes of packed arrays against `fmt.layout(shape)`."""
     expected = fmt.layout(tuple(shape))
     if missing := expected.keys() - packed.keys():

@@ -88,6 +88,20 @@ def rounded(x: Array) -> Array:
     return jnp.where(jnp.isnan(x), jnp.nan, x)
 
 
+def divided(x: Array, by: Array | float) -> Array:
+    """`x / by`, rounded once; `by` broadcasts against `x`.
+
+    XLA turns a division by a constant or a scalar into a product with its inverse, which rounds
+    twice. It cannot where the divisor depends on `x`.
+    """
+    return x / jnp.where(jnp.isnan(x), jnp.nan, by)
+
+
+def nonzero(scale: Array) -> Array:
+    """A scale to divide by: 1 where it is 0, as all of its weights are."""
+    return jnp.where(scale == 0, 1, scale)
+
+
 def round_to_int(x: Array, key: Array | None) -> Array:
     """To the nearest integer, ties to even; with a key to a neighbour, right on average."""
     if key is None:

@@ -77,8 +77,9 @@ class Integer(Format):
         else:
             scale, zero = self._range(blocks.blocked(weight, block))
             low, high = 0, 2**self.bits - 1
-        steps = blocks.blocked(weight, block) / _nonzero(scale)[..., :, None, :]
-        codes = blocks.round_to_int(blocks.unblocked(steps), key)
+        units = blocks.nonzero(scale)[..., :, None, :]
+        steps = blocks.unblocked(blocks.divided(blocks.blocked(weight, block), units))
+        codes = blocks.round_to_int(steps, key)
         if zero is not None:
             codes = blocks.unblocked(blocks.blocked(codes, block) + zero[..., :, None, :])
         packed = {"codes": self._store(jnp.clip(codes, low, high)), "scale": scale}
@@ -93,16 +94,15 @@ class Integer(Format):
         return codes * rows(scale)
 
     def _scale(self, absmax: Array) -> Array:
-        # A product: XLA divides by a constant as it likes.
-        return self._rounded(absmax * np.float32(1 / (127 if self.bits == 8 else 7.5)))
+        return self._rounded(blocks.divided(absmax, 127 if self.bits == 8 else 7.5))
 
     def _range(self, weight: Array) -> tuple[Array, Array]:
         """Scale and zero point of blocks (..., in / block, block, out); 0 is always a value."""
         low = jnp.minimum(jnp.min(weight, axis=-2), 0)
         high = jnp.maximum(jnp.max(weight, axis=-2), 0)
         most = 2**self.bits - 1
-        scale = self._rounded((high - low) * np.float32(1 / most))
-        return scale, jnp.clip(jnp.round(-low / _nonzero(scale)), 0, most)
+        scale = self._rounded(blocks.divided(high - low, most))
+        return scale, jnp.clip(jnp.round(blocks.divided(-low, blocks.nonzero(scale))), 0, most)
 
     def _rounded(self, scale: Array) -> Array:
         """The scale as it will be stored, so that codes are nearest with that one."""
@@ -125,10 +125,6 @@ class Integer(Format):
         if self.indexed:
             return lambda x: jnp.take_along_axis(x, packed["index"], axis=-2)
         return lambda x: jnp.repeat(x, rows // x.shape[-2], axis=-2)
-
-
-def _nonzero(scale: Array) -> Array:
-    return jnp.where(scale == 0, 1, scale)
 
 
 class Int8(Integer):
