@@ -18,6 +18,10 @@ from jaxpeft.quant.formats.float8 import Float8 as Float8
 from jaxpeft.quant.formats.float8 import fp8 as fp8
 from jaxpeft.quant.formats.float8 import from_fp8 as from_fp8
 from jaxpeft.quant.formats.float8 import to_fp8 as to_fp8
+from jaxpeft.quant.formats.ggml import GGUF as GGUF
+from jaxpeft.quant.formats.ggml import from_gguf as from_gguf
+from jaxpeft.quant.formats.ggml import gguf as gguf
+from jaxpeft.quant.formats.ggml import to_gguf as to_gguf
 from jaxpeft.quant.formats.gptq import from_awq as from_awq
 from jaxpeft.quant.formats.gptq import from_gptq as from_gptq
 from jaxpeft.quant.formats.gptq import to_awq as to_awq
