@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpeft.core.adapter import is_shared
 from jaxpeft.core.method import resolve
 from jaxpeft.core.transform import Adapter, Tuned
 from jaxpeft.hf.files import some
@@ -65,21 +66,21 @@ class Found:
 
 
 def stages_at(tuned: Tuned, adapter: Adapter) -> dict[str, list[Stage]]:
-    chosen = resolve(tuned.tuning, adapter.sites, tuned.head, whole=False)
-    found = {
+    own = [site for site in adapter.sites if not is_shared(site)]
+    chosen = resolve(tuned.tuning, own, tuned.head, whole=False)
+    return {
         path: stages_of(chosen[path].name, chosen[path].options, leaves)
         for path, leaves in adapter.items()
+        if path in chosen
     }
-    for path, stages in found.items():
-        for stage in stages:
-            if stage.name not in _ADD:
-                raise PeftFormatError(f"{path!r} is tuned with {stage.name!r}, not with LoRA.")
-    return found
 
 
 def collect(stages: Mapping[str, Sequence[Stage]], table: Table) -> Found:
     found = Found()
     for path, at_path in stages.items():
+        foreign = next((stage.name for stage in at_path if stage.name not in _ADD), None)
+        if foreign:
+            raise PeftFormatError(f"{path!r} is tuned with {foreign!r}, not with LoRA.")
         if path not in table.rows:
             raise ValueError(f"names has no torch module for {path!r}, which the adapter tunes.")
         row = table.rows[path]

@@ -29,7 +29,7 @@ from jaxpeft.core.tree import leaves_with_paths
 from jaxpeft.flax import transform
 from jaxpeft.hf import methods
 from jaxpeft.hf.files import read_site, read_tensors, some, write_directory, write_tensors
-from jaxpeft.hf.read import at_paths
+from jaxpeft.hf.paths import at_paths
 
 VERSION = 1
 _KEY = "jaxpeft"

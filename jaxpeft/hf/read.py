@@ -1,8 +1,7 @@
-"""Reads PEFT's LoRA adapters."""
+"""Reads PEFT's adapters; those of LoRA here, prompts and prefixes in `prompts`."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.core.method import Leaves, Method, compose
-from jaxpeft.core.rules import rules
 from jaxpeft.core.site import Site
 from jaxpeft.core.transform import Adapter, Tuned
 from jaxpeft.core.tree import leaves_with_paths
@@ -19,6 +17,8 @@ from jaxpeft.flax import transform
 from jaxpeft.hf import methods
 from jaxpeft.hf.config import CONFIG, WEIGHTS, Options, read_options
 from jaxpeft.hf.files import read_json, read_site, some
+from jaxpeft.hf.paths import at_paths
+from jaxpeft.hf.prompts import KINDS, read_prompt
 from jaxpeft.hf.table import HEAD, Row, Table, of_model, of_names
 from jaxpeft.hf.tensors import PREFIX, Reader, low_rank_keys, torch_axes
 
@@ -35,7 +35,7 @@ def load_adapter(
     sites: Sequence[Site] | None = None,
     params: Any = None,
 ) -> tuple[Tuned, Adapter]:
-    """Reads a LoRA adapter that PEFT or `save_adapter` wrote.
+    """Reads an adapter that PEFT or `save_adapter` wrote: LoRA, a prompt or a prefix.
 
     Every option of the file is followed or refused, and every tensor of it is used. Layers that
     share a stacked weight may differ in rank and alpha (see `jaxpeft.hf.methods.lora_by_layer`).
@@ -68,6 +68,10 @@ def load_adapter(
         >>> logits = tuned.apply(adapter, params, tokens)  # doctest: +SKIP
     """
     directory = Path(directory)
+    config = read_json(directory / CONFIG)
+    if config.get("peft_type") in KINDS:
+        own = of_names(names, sites, complete=True) if names and sites else of_model(model)
+        return read_prompt(directory / WEIGHTS, config, model, own, sites)
     options = read_options(directory / CONFIG)
     table = _find_table(directory, model, names, sites)
     reader = Reader(directory / WEIGHTS)
@@ -93,22 +97,6 @@ def assemble(model: Any, table: Table, stages: Mapping[str, Stages]) -> tuple[Tu
             leaves[path] = {str(i): stage for i, (_, stage) in enumerate(found)}
     sites = [table.rows[path].site for path in chosen]
     return transform(model, at_paths(chosen)), Adapter(leaves, sites)
-
-
-def at_paths(chosen: Mapping[str, Method]) -> Any:
-    """Rules that put each method at its path; paths with the same method share a rule."""
-    groups: dict[str, list[str]] = {}
-    for path, method in chosen.items():
-        same = json.dumps([method.name, method.options, method.fixed], sort_keys=True)
-        groups.setdefault(same, []).append(path)
-    return rules(*((OneOf(paths), chosen[paths[0]]) for paths in groups.values()))
-
-
-class OneOf(frozenset[str]):
-    """Paths as a predicate: `OneOf(["w"])("w", site)` is true."""
-
-    def __call__(self, path: str, leaf: Any) -> bool:
-        return path in self
 
 
 def _find_table(directory: Path, model: Any, names: Any, sites: Any) -> Table:

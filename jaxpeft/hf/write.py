@@ -16,6 +16,7 @@ from jaxpeft.hf.collect import Found, Pair, PeftFormatError, collect, stages_at
 from jaxpeft.hf.config import CONFIG, WEIGHTS, Options, full_config
 from jaxpeft.hf.files import some, write_directory, write_json, write_tensors
 from jaxpeft.hf.match import ends, parts, saved, search, shortest
+from jaxpeft.hf.prompts import write_prompt
 from jaxpeft.hf.read import NOTES
 from jaxpeft.hf.table import (
     HEAD,
@@ -40,9 +41,9 @@ def save_adapter(
     base_model_name: str | None = None,
     task_type: str | None = "auto",
 ) -> None:
-    """Writes a LoRA adapter as PEFT does, in float32, for `peft.PeftModel.from_pretrained`.
+    """Writes LoRA, a prompt or a prefix as PEFT does, for `peft.PeftModel.from_pretrained`.
 
-    `full()` on whole modules becomes `modules_to_save`; on the biases of all modules, or of all
+    Tensors are float32. `full()` on whole modules becomes `modules_to_save`; on the biases of all modules, or of all
     modules with LoRA, it becomes PEFT's `bias` option. A file `jaxpeft.json` beside PEFT's own
     keeps the names and sites, so that `load_adapter` needs neither. Each file is written whole and
     then moved into place.
@@ -68,20 +69,29 @@ def save_adapter(
         >>> peft.PeftModel.from_pretrained(torch_model, "my-adapter")  # doctest: +SKIP
     """
     stages = stages_at(tuned, adapter)
+    task_type = task_type_of(model) if task_type == "auto" else task_type
+    about = {"base_model_name_or_path": base_model_name, "task_type": task_type}
+    prompt = write_prompt(stages, adapter, of_model(model), model)
+    if prompt:
+        tensors, options = prompt
+        _write(Path(directory), tensors, options | about, None)
+        return
     table = _find_table(adapter, model, names, sites)
     found = collect(stages, table)
-    task_type = task_type_of(model) if task_type == "auto" else task_type
     config = _config(found, table, task_type)
     _check_config(config, found, table)
-    about = {"base_model_name_or_path": base_model_name, "task_type": task_type}
     notes = {"format": "jaxpeft", "version": 1, **table.to_json(adapter.sites)}
+    _write(Path(directory), _tensors(found, config, table), config | about, notes)
 
+
+def _write(directory: Path, tensors: Any, config: Any, notes: Any) -> None:
     def write(made: Path) -> None:
-        write_tensors(made / WEIGHTS, _tensors(found, config, table), {"format": "pt"})
-        write_json(made / NOTES, notes)
-        write_json(made / CONFIG, config | about)
+        write_tensors(made / WEIGHTS, tensors, {"format": "pt"})
+        if notes:
+            write_json(made / NOTES, notes)
+        write_json(made / CONFIG, config)
 
-    write_directory(Path(directory), (WEIGHTS, NOTES, CONFIG), write)
+    write_directory(directory, (WEIGHTS, *([NOTES] if notes else []), CONFIG), write)
 
 
 def _find_table(adapter: Adapter, model: Any, names: Any, sites: Any) -> Table:
