@@ -81,7 +81,7 @@ def _load(path: Path, options: Options, console: Console) -> tuple[Any, Any]:
     from jaxpeft import models
 
     with console.status(f"Loading {path.name}"):
-        return models.load(path, dtype=jnp.dtype(options.dtype))
+        return models.load(path, dtype=jnp.dtype(options.dtype), task="causal-lm")
 
 
 def _data(options: Options, tokenizer: Any) -> Data:

@@ -100,7 +100,7 @@ def _speaker(path: Path, adapter: Path | None, dtype: str) -> Speaker:
     from jaxpeft import hf, models
 
     tokenizer = common.load_tokenizer(path)
-    model, params = models.load(path, dtype=jnp.dtype(dtype))
+    model, params = models.load(path, dtype=jnp.dtype(dtype), task="causal-lm")
     # The end of a turn may be another token than the end of a text.
     ends = {*model.config.eos_token_id, *filter(None, [tokenizer.eos_token_id])}
     if adapter is None:
