@@ -134,13 +134,13 @@ def test_starts():
     """Rules normal with `spread`, weights Xavier normal in each slice, as AdapterHub has them."""
     method = bottleneck(64, phm=phm(4, spread=0.3, rule_rank=None), init="bert")
     site = jp.Site("a:out", (20, 256), "float32", ("stack", "in"), ("call",))
-    leaves = jax.jit(lambda key: method.init(key, site, None))(jax.random.key(0))
+    leaves = jax.jit(lambda key: method.init(key, site, None))(jax.random.key(0, impl="unsafe_rbg"))
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
     assert shapes["down_left"] == (20, 4, 64, 1) and shapes["up_right"] == (20, 4, 1, 64)
     for name in ("down_left", "down_right", "up_left", "up_right"):
         expected = (2 / sum(shapes[name][-2:])) ** 0.5
         np.testing.assert_allclose(np.std(leaves[name]), expected, rtol=0.05)
-    rule = method.shared["compacter"](jax.random.key(1))["rule"]
+    rule = method.shared["compacter"](jax.random.key(1, impl="unsafe_rbg"))["rule"]
     np.testing.assert_allclose(np.std(rule), 0.3, rtol=0.25)
 
 
