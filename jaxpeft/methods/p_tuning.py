@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.site import Site
+from jaxpeft.methods.cpt import moved_context
 from jaxpeft.methods.p_tuning_network import bidirectional_lstm, computed, perceptron
 from jaxpeft.methods.prompt import check_count, prompt_method
 
@@ -91,10 +92,10 @@ def p_tuning(
 
 
 def flat_prompt(leaves: Leaves) -> Leaves:
-    """The leaves of `prompt_tuning`, equal to a prompt that a network computes.
+    """The leaves of `prompt_tuning`, equal to a prompt that others stand for.
 
     Args:
-        leaves: of `p_tuning` at its site; those of `prompt_tuning` stay as they are.
+        leaves: of `p_tuning` or `cpt` at its site; those of `prompt_tuning` stay as they are.
 
     Returns:
         `{"prompt": ...}` (n, d), what PEFT writes to files.
@@ -103,4 +104,6 @@ def flat_prompt(leaves: Leaves) -> Leaves:
         >>> flat_prompt({"prompt": jnp.ones((2, 3))})["prompt"].shape
         (2, 3)
     """
-    return leaves if "prompt" in leaves else {"prompt": computed(leaves)}
+    if "prompt" in leaves:
+        return leaves
+    return {"prompt": moved_context(leaves) if "context" in leaves else computed(leaves)}
