@@ -1,15 +1,15 @@
 """Reads the tensors of a file that `torch.save` wrote, without torch and without running code.
 
-Such a file is a pickle, which may name any function to call. Here it may name what a dictionary of
-tensors needs and nothing else, and those names stand for what this file puts in their place.
+Such a file is a program that may name any function and call it. Here nothing is called: names and
+calls are written down as values, and the values of a dictionary of tensors are then understood.
 """
 
 from __future__ import annotations
 
 import io
-import pickle
+import pickletools
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ _STORAGES: dict[str, Any] = {
 
 
 class UnsafePickleError(ValueError):
-    """A pickle wants more than tensors."""
+    """A pickle holds more than tensors."""
 
 
 def read_pickled(path: Path) -> dict[str, np.ndarray]:
@@ -94,74 +94,154 @@ class _View(NamedTuple):
         )
 
 
-class _Names(dict[str, Any]):
-    """Stands for an `OrderedDict`, which takes attributes in a pickle."""
+class _Name(NamedTuple):
+    """A function or class that a pickle names."""
 
-    def __setstate__(self, state: Any) -> None:
-        del state
-
-
-class _NewNames(NamedTuple):
-    """What a pickle calls for an `OrderedDict`. A tuple, as a pickle could change a function."""
-
-    def __call__(self) -> _Names:
-        return _Names()
+    module: str
+    name: str
 
 
-class _NewView(NamedTuple):
-    """What a pickle calls for a tensor."""
+class _Call(NamedTuple):
+    """A call that a pickle asks for."""
 
-    def __call__(
-        self,
-        storage: _Storage,
-        offset: int,
-        shape: Sequence[int],
-        strides: Sequence[int],
-        *rest: Any,
-    ) -> _View:
-        del rest
-        return _View(storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
+    function: Any
+    args: tuple[Any, ...]
 
 
-class _SameView(NamedTuple):
-    """What a pickle calls for a parameter that is a tensor."""
+class _Id(NamedTuple):
+    """What a pickle says of an object that is stored elsewhere."""
 
-    def __call__(self, view: _View, *rest: Any) -> _View:
-        del rest
-        return view
+    value: Any
 
 
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): _NewNames(),
-    ("torch._utils", "_rebuild_tensor_v2"): _NewView(),
-    ("torch._utils", "_rebuild_parameter"): _SameView(),
-    **{("torch", name): name for name in _STORAGES},
-}
+_MARK = object()
+
+_VALUES = {
+    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE",
+    "BINUNICODE8",
+}  # fmt: skip
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "MARK": _MARK}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-class _Unpickler(pickle.Unpickler):
-    """A pickle machine that knows the names above alone.
+def _values(file: Any) -> Any:
+    """What a pickle stands for; the file is then behind it."""
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+    for opcode, arg, _ in pickletools.genops(file):
+        name = opcode.name
+        if name in ("PROTO", "FRAME", "STOP"):
+            continue
+        if name in _VALUES:
+            stack.append(arg)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if arg is None else int(arg)] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[int(arg or 0)])
+        else:
+            _step(name, arg, stack)
+    return stack.pop()
 
-    `storage` makes a storage of its type, its id and the number of its entries.
-    """
 
-    def __init__(self, file: Any, storage: Callable[[Any, str, int], _Storage]):
-        super().__init__(file)
-        self.storage = storage
+def _step(name: str, arg: Any, stack: list[Any]) -> None:
+    """One operation on the stack."""
+    match name:
+        case "EMPTY_DICT":
+            stack.append({})
+        case "EMPTY_LIST":
+            stack.append([])
+        case "TUPLE":
+            stack.append(tuple(_marked(stack)))
+        case "TUPLE1" | "TUPLE2" | "TUPLE3":
+            size = _TUPLES[name]
+            stack[-size:] = [tuple(stack[-size:])]
+        case "APPEND":
+            one = stack.pop()
+            stack[-1].append(one)
+        case "APPENDS":
+            many = _marked(stack)
+            stack[-1].extend(many)
+        case "SETITEM":
+            pair = [stack.pop(-2), stack.pop()]
+            stack[-1] |= _items(pair)
+        case "SETITEMS":
+            pairs = _marked(stack)
+            stack[-1] |= _items(pairs)
+        case "GLOBAL":
+            stack.append(_Name(*arg.split(" ", 1)))
+        case "STACK_GLOBAL":
+            stack[-2:] = [_Name(*stack[-2:])]
+        case "REDUCE":
+            args = stack.pop()
+            stack[-1] = {} if stack[-1] == _DICT and args == () else _Call(stack[-1], args)
+        case "BINPERSID":
+            stack[-1] = _Id(stack[-1])
+        case "BUILD":
+            stack.pop()  # attributes of a dictionary
+            if not isinstance(stack[-1], dict):
+                raise UnsafePickleError("it sets attributes of something else than a dictionary.")
+        case _:
+            raise UnsafePickleError(f"it has the operation {name}, which tensors do not need.")
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise UnsafePickleError(
-                f"it names {module}.{name}, which tensors do not need and which can run code. If "
-                "you trust the file, save it as safetensors with the library that made it."
-            )
-        return _ALLOWED[module, name]
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _, count = pid[:5]
-        if kind != "storage" or (len(pid) > 5 and pid[5] is not None):
-            raise UnsafePickleError(f"it refers to {kind!r}, where a storage should be.")
-        return self.storage(_STORAGES[dtype], str(key), int(count))
+def _marked(stack: list[Any]) -> list[Any]:
+    """What is above the last mark, taken off with the mark."""
+    at = max(i for i, value in enumerate(stack) if value is _MARK)
+    found = stack[at + 1 :]
+    del stack[at:]
+    return found
+
+
+def _items(flat: list[Any]) -> dict[Any, Any]:
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+_DICT = _Name("collections", "OrderedDict")
+_TENSOR = _Name("torch._utils", "_rebuild_tensor_v2")
+_PARAMETER = _Name("torch._utils", "_rebuild_parameter")
+
+_Storages = Callable[[Any, str, int], _Storage]
+
+
+def _tensors(found: Any, storage: _Storages) -> dict[str, _View]:
+    """The tensors in what a pickle stands for."""
+    if not isinstance(found, dict):
+        raise UnsafePickleError(f"it holds {_shown(found)}, where tensors by name are expected.")
+    return {name: _tensor(value, storage) for name, value in found.items()}
+
+
+def _tensor(value: Any, storage: _Storages) -> _View:
+    match value:
+        case _Call(function, (inner, *_)) if function == _PARAMETER:
+            return _tensor(inner, storage)
+        case _Call(function, (_Id(block), int(offset), tuple(shape), tuple(strides), *_)):
+            if function == _TENSOR:
+                return _View(_stored(block, storage), offset, shape, strides)
+    raise UnsafePickleError(
+        f"it holds {_shown(value)}, where tensors by name are expected. A pickle can run code when "
+        "it is read as such: if you trust the file, save it as safetensors with the library that "
+        "made it."
+    )
+
+
+def _stored(block: Any, storage: _Storages) -> _Storage:
+    match block:
+        case ("storage", _Name("torch", kind), key, _, int(count), *rest) if not any(rest):
+            if kind in _STORAGES:
+                return storage(_STORAGES[kind], str(key), count)
+    raise UnsafePickleError(f"it refers to {_shown(block)}, where a storage should be.")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, _Call):
+        return f"a call of {_shown(value.function)}"
+    if isinstance(value, dict) and value:
+        return f"a dict of {_shown(next(iter(value.values())))}"
+    if isinstance(value, _Name):
+        return f"{value.module}.{value.name}"
+    return f"a {type(value).__name__}"
 
 
 def _zipped(path: Path) -> dict[str, _View]:
@@ -180,12 +260,15 @@ def _zipped(path: Path) -> dict[str, _View]:
         del count
         return _Storage(dtype, lambda: archive.read(f"{root}data/{key}"))
 
-    return _checked(_Unpickler(io.BytesIO(archive.read(main[0])), storage).load())
+    return _tensors(_values(archive.read(main[0])), storage)
 
 
 def _plain(path: Path) -> dict[str, _View]:
     """Before 1.6: five pickles, and behind them the storages in the order of the last one."""
     file = io.BytesIO(path.read_bytes())
+    if (first := _values(file)) != _MAGIC:
+        raise UnsafePickleError(f"it holds {_shown(first)}, and was not written by torch.save.")
+    _, _, found, keys = (_values(file) for _ in range(4))
     blocks: dict[str, bytes] = {}
     sizes: dict[str, int] = {}
 
@@ -193,16 +276,8 @@ def _plain(path: Path) -> dict[str, _View]:
         sizes[key] = count * np.dtype(dtype).itemsize
         return _Storage(dtype, lambda: blocks[key])
 
-    magic, _, _, found, keys = (_Unpickler(file, storage).load() for _ in range(5))
-    if magic != _MAGIC:
-        raise ValueError("it is no file of torch.save")
+    views = _tensors(found, storage)
     for key in keys:
         file.read(8)
         blocks[str(key)] = file.read(sizes[str(key)])
-    return _checked(found)
-
-
-def _checked(found: Any) -> dict[str, _View]:
-    if not isinstance(found, dict) or not all(isinstance(v, _View) for v in found.values()):
-        raise UnsafePickleError("it holds something else than tensors by name.")
-    return found
+    return views
