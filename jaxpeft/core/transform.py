@@ -122,6 +122,21 @@ class Tuned:
         """`apply` for tokens that continue a cache: virtual tokens are in front of it already."""
         return self.apply(adapter, params, *inputs, virtual="held", **kwargs)
 
+    def virtual_ids(self, adapter: Adapter, batch: int, **own: Any) -> Array:
+        """The ids that stand for the virtual tokens, for models that decode one token at a time.
+
+        Feed them first, with `decode`, then the tokens: a cache then holds what `apply` puts there.
+
+        Args:
+            adapter: the adapter.
+            batch: number of sequences.
+            **own: keyword arguments of methods (`task_ids`).
+
+        Returns:
+            `int32[batch, virtual_tokens]`.
+        """
+        return virtuals.front_ids(self._fronts(self._methods(adapter), adapter), batch, own)
+
     @property
     def virtual_tokens(self) -> int:
         """Virtual tokens in front of a sequence, which take slots of a cache."""
@@ -148,7 +163,7 @@ class Tuned:
         """
         chosen = self._methods(adapter)
         for path, method in chosen.items():
-            if method.call:
+            if method.call or method.needs.virtual:
                 raise ValueError(
                     f"`{method.name}` at {path!r} is not a weight change and cannot be merged. "
                     "Serve it with `apply`, or drop it from the rules before `merge`."
@@ -243,18 +258,23 @@ class Tuned:
         """The model with virtual tokens in front, and what it takes in front of its inputs."""
         if mode not in virtuals.MODES:
             raise ValueError(f"virtual={mode!r} is none of {virtuals.MODES}.")
-        found = [
-            (site.path, site.shape[0] if site.shape else 0, virtual)
-            for site in adapter.sites
-            if site.path in chosen
-            for virtual in chosen[site.path].needs.virtual
-            if not virtual.beside(self.beside)
-        ]
-        if not found or mode == "held":
+        blocks = self._fronts(chosen, adapter)
+        if not blocks or mode == "held":
             return self.fn, ()
-        blocks = virtuals.fronts(found)
         fn = virtuals.Lengthened(self.fn, blocks, self.names(kwargs), mode == "cut")
         return fn, ({front.virtual.task: own.get(front.virtual.task) for front in blocks},)
+
+    def _fronts(self, chosen: dict[str, Method], adapter: Adapter) -> tuple[virtuals.Front, ...]:
+        """The blocks of virtual tokens around a sequence."""
+        return virtuals.fronts(
+            [
+                (site.path, site.shape[0] if site.shape else 0, virtual)
+                for site in adapter.sites
+                if site.path in chosen
+                for virtual in chosen[site.path].needs.virtual
+                if not virtual.beside(self.beside)
+            ]
+        )
 
 
 def _is_structured(leaf: Any) -> bool:

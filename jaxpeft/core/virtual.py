@@ -173,6 +173,13 @@ def _with_ids(tokens: Array, fronts: Sequence[Front], chosen: Mapping[str, Any])
     return jnp.concatenate([*before, tokens, *(ids for behind, ids in blocks if behind)], axis=-1)
 
 
+def front_ids(fronts: Sequence[Front], batch: int, chosen: Mapping[str, Any]) -> Array:
+    """The ids `int32[batch, n]` of the virtual tokens in front of sequences."""
+    none = jnp.zeros((batch, 0), jnp.int32)
+    blocks = [_ids(front, none, chosen) for front in fronts if front.virtual.place != "back"]
+    return jnp.concatenate([*blocks, none], axis=-1)
+
+
 def _ids(front: Front, tokens: Array, chosen: Mapping[str, Any]) -> Array:
     virtual, shape = front.virtual, (*tokens.shape[:-1], front.virtual.length)
     if virtual.rows is None:

@@ -43,10 +43,10 @@ def save_adapter(
 ) -> None:
     """Writes LoRA, a prompt or a prefix as PEFT does, for `peft.PeftModel.from_pretrained`.
 
-    Tensors are float32. `full()` on whole modules becomes `modules_to_save`; on the biases of all modules, or of all
-    modules with LoRA, it becomes PEFT's `bias` option. A file `jaxpeft.json` beside PEFT's own
-    keeps the names and sites, so that `load_adapter` needs neither. Each file is written whole and
-    then moved into place.
+    Tensors are float32. `full()` on whole modules becomes `modules_to_save`; on the biases of all
+    modules, or of all modules with LoRA, it becomes PEFT's `bias` option. A file `jaxpeft.json`
+    beside those of LoRA keeps the names and sites, so that `load_adapter` needs neither. Each file
+    is written whole and then moved into place.
 
     Args:
         directory: made if absent; an adapter in it is replaced.
