@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +15,7 @@ from jaxpeft.core import virtual as virtuals
 from jaxpeft.core.adapter import Adapter as Adapter
 from jaxpeft.core.adapter import Sites as Sites
 from jaxpeft.core.adapter import is_shared, shared_inits, shared_site
+from jaxpeft.core.arguments import Names, argument_names
 from jaxpeft.core.method import SHARED, Method, Needs, methods_of, resolve, together, tune_weight
 from jaxpeft.core.report import refuse, warn
 from jaxpeft.core.rules import compile_pattern, nearest, unmatched
@@ -378,25 +377,4 @@ def transform(
     beside: bool = False,
 ) -> Tuned:
     """A tuned version of a pure function of `(params, *inputs)`; see `jaxpeft.transform`."""
-    return Tuned(fn, tuning, strict, head, names or _Names(argument_names(fn)[1:]), beside)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Names:
-    """The names of positional arguments, where no keyword argument changes them."""
-
-    names: tuple[str, ...]
-
-    def __call__(self, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-        return self.names
-
-
-@functools.lru_cache(maxsize=256)
-def argument_names(fn: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of a function's positional arguments; none where Python cannot tell."""
-    try:
-        parameters = inspect.signature(fn).parameters.values()
-    except (TypeError, ValueError):
-        return ()
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(p.name for p in parameters if p.kind in kinds)
+    return Tuned(fn, tuning, strict, head, names or Names(argument_names(fn)[1:]), beside)

@@ -8,9 +8,10 @@ from typing import Any
 
 from flax import linen, nnx
 
+from jaxpeft.core.arguments import argument_names
 from jaxpeft.core.attention import mark_attention
 from jaxpeft.core.method import at_boundaries, methods_of, together
-from jaxpeft.core.transform import Tuned, argument_names
+from jaxpeft.core.transform import Tuned
 from jaxpeft.core.transform import transform as transform_function
 from jaxpeft.flax.graph import nnx_function
 from jaxpeft.flax.linen import linen_function
