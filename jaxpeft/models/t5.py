@@ -72,8 +72,11 @@ class FeedForward(nnx.Module):
     def __init__(self, config: T5Config, layers: int, **kw: Any):
         width, hidden = config.d_model, config.d_ff
         stddev = width**-0.5 * config.initializer_factor
-        for name in ("wi_0", "wi_1") if config.gated else ("wi",):
-            setattr(self, name, Linear((layers, width, hidden), bias=False, stddev=stddev, **kw))
+        if config.gated:
+            self.wi_0 = Linear((layers, width, hidden), bias=False, stddev=stddev, **kw)
+            self.wi_1 = Linear((layers, width, hidden), bias=False, stddev=stddev, **kw)
+        else:
+            self.wi = Linear((layers, width, hidden), bias=False, stddev=stddev, **kw)
         stddev = hidden**-0.5 * config.initializer_factor
         self.wo = Linear((layers, hidden, width), bias=False, stddev=stddev, **kw)
         self.gated, self.activation = config.gated, config.activation
@@ -104,6 +107,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: T5Config, layers: int, *, crossed: bool, **kw: Any):
         names = ["SelfAttention", "EncDecAttention"] if crossed else ["SelfAttention"]
+        inner: list[tuple[str, nnx.Module]]
         inner = [(name, Attention(config, layers, **kw)) for name in names]
         inner += [("DenseReluDense", FeedForward(config, layers, **kw))]
         dtype = kw["dtype"]
@@ -245,17 +249,18 @@ class T5(Model):
         """
         y, slots = self.shared(decoder_tokens), jnp.arange(decoder_tokens.shape[1])
         decoder_mask = _mask(decoder_mask, decoder_tokens)
-        if cache is None or "cross_mask" not in cache:
-            encoded = self.encode(tokens, mask=mask) if encoded is None else encoded
-            mask = _mask(mask, encoded[..., 0])
         if cache is None:
+            encoded, mask = self._reading(tokens, mask, encoded)
             visible, bias = _causal(slots, slots, decoder_mask), self.decoder.bias(slots, slots)
             return self._logits(self._decode(y, bias, visible, encoded, mask))
+        if "cross_mask" not in cache:
+            encoded, mask = self._reading(tokens, mask, encoded)
+            cache = cache | {"cross_mask": mask}
         start = cache["index"]
-        cache = {"cross_mask": mask} | cache | {
+        cache = cache | {
             "mask": jax.lax.dynamic_update_slice(cache["mask"], decoder_mask, (0, start)),
             "index": start + len(slots),
-        }  # fmt: skip
+        }
         queries, keys = start + slots, jnp.arange(cache["mask"].shape[1])
         visible, bias = _causal(queries, keys, cache["mask"]), self.decoder.bias(queries, keys)
         y, cache = self._decode_cached(y, bias, visible, encoded, cache, start)
@@ -304,6 +309,19 @@ class T5(Model):
             "index": jnp.zeros((), jnp.int32),
         }
 
+    def _reading(
+        self, tokens: Array | None, mask: Array | None, encoded: Array | None
+    ) -> tuple[Array, Array]:
+        """The encoder's output and which of it is no padding."""
+        if encoded is None and tokens is not None:
+            encoded = self.encode(tokens, mask=mask)
+        if encoded is None:
+            raise ValueError(
+                "tokens=None, but nothing has been encoded: the cache is fresh and encoded=None. "
+                "Give the tokens in the first call."
+            )
+        return encoded, _mask(mask, encoded[..., 0])
+
     def _checkpoint(self, step: Callable[..., Any]) -> Callable[..., Any]:
         if self.remat is None:
             return step
@@ -344,7 +362,7 @@ class T5(Model):
             new = jax.tree.map(lambda heads: heads.astype(keys.dtype), cross) if first else None
             return (y, keys, values), new
 
-        stored = None if first else (cache["cross_k"], cache["cross_v"])
+        stored: Any = None if first else (cache["cross_k"], cache["cross_v"])
         layers = (self.decoder.block, jnp.arange(self.config.num_decoder_layers), stored)
         (y, keys, values), new = jax.lax.scan(step, (y, cache["k"], cache["v"]), layers)
         cross_k, cross_v = new if first else stored

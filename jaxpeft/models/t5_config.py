@@ -58,6 +58,11 @@ class T5Config:
             )
 
     @property
+    def task(self) -> str:
+        """What the model is for."""
+        return "seq2seq-lm"
+
+    @property
     def gated(self) -> bool:
         """Whether the feed-forward sublayer multiplies two projections."""
         return self.feed_forward_proj.startswith("gated-")
