@@ -43,15 +43,11 @@ def head_modules(config: BertConfig) -> tuple[str, ...]:
     """
     if config.task == ANSWER:
         return ("qa_outputs",)
-    if config.task == TAG:
-        return ("classifier",)
-    if config.task not in (CLASSIFY, REGRESS):
-        return ()
-    if config.counts_tokens:
-        return "classifier/dense", "classifier/out_proj"
-    return ("pre_classifier", "classifier") if config.model_type == "distilbert" else (
-        "classifier",
-    )  # fmt: skip
+    if config.task in (CLASSIFY, REGRESS) and config.counts_tokens:
+        return ("classifier/dense", "classifier/out_proj")
+    if config.task in (CLASSIFY, REGRESS) and config.model_type == "distilbert":
+        return ("pre_classifier", "classifier")
+    return ("classifier",) if config.task in (CLASSIFY, REGRESS, TAG) else ()
 
 
 def make_heads(config: BertConfig, **kw: Any) -> dict[str, nnx.Module]:
@@ -117,10 +113,12 @@ def embed(states: Array, mask: Array | None, pooling: str) -> Array:
     References: Reimers and Gurevych 2019 (arXiv 1908.10084).
     """
     states = states.astype(jnp.float32)
+    if pooling == "cls":
+        return _unit(states[:, 0])
     weights = jnp.ones(states.shape[:2]) if mask is None else mask.astype(jnp.float32)
-    total = jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-9)
-    pooled = states[:, 0] if pooling == "cls" else (
-        jnp.einsum("btd,bt->bd", states, weights, precision="highest") / total
-    )  # fmt: skip
-    norm = jnp.linalg.norm(pooled, axis=-1, keepdims=True)
-    return pooled / jnp.maximum(norm, 1e-12)
+    total = jnp.einsum("btd,bt->bd", states, weights, precision="highest")
+    return _unit(total / jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-9))
+
+
+def _unit(x: Array) -> Array:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

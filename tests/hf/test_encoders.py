@@ -20,7 +20,6 @@ QV = {"distilbert": ["q_lin", "v_lin"]}
 # The model, its task, PEFT's name of that, and the modules that PEFT then trains whole.
 CASES = {
     "bert": ("bert", CLASSIFY, "SEQ_CLS", ["classifier"]),
-    "bert-regression": ("bert", "regression", "SEQ_CLS", ["classifier"]),
     "bert-tokens": ("bert", TAG, "TOKEN_CLS", ["classifier"]),
     "bert-bare": ("bert", None, "FEATURE_EXTRACTION", []),
     "roberta": ("roberta", CLASSIFY, "SEQ_CLS", ["classifier.dense", "classifier.out_proj"]),

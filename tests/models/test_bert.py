@@ -12,6 +12,13 @@ import transformers
 from jaxpeft.models import load, save
 from tests.models.encoders import HEADS, SIZES, TYPES, check, make_encoder, padded, reference
 
+# XLM-RoBERTa is a RoBERTa under another name, and a regression a classifier of one class.
+WITH_HEADS = [
+    *((kind, task) for kind in ("bert", "roberta", "distilbert") for task in HEADS if task),
+    ("xlm-roberta", "sequence-classification"),
+]
+WITH_HEADS = [case for case in WITH_HEADS if case[1] != "regression" or case[0] == "bert"]
+
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
@@ -29,6 +36,10 @@ def oracle(tmp_path_factory):
     return get
 
 
+def equal(params, other):
+    return jax.tree.all(jax.tree.map(np.array_equal, params, other))
+
+
 def check_padded(model, params, torch_model, tokens, mask):
     """Equal where there is a text; what a model makes of padding does not matter."""
     actual = jax.jit(model.apply)(params, tokens, mask=mask)
@@ -38,8 +49,19 @@ def check_padded(model, params, torch_model, tokens, mask):
     check(actual, expected)
 
 
+def check_written(auto, directory, torch_model):
+    """transformers reads the same weights from what was written, and all of them."""
+    again, report = auto.from_pretrained(
+        directory, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys"))
+    expected = torch_model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in again.state_dict().items())
+    return again
+
+
 @pytest.mark.parametrize("model_type", TYPES)
-def test_hidden_states_with_padding_on_either_side(oracle, model_type):
+def test_a_bare_model_is_read_and_written_whole(oracle, tmp_path, model_type):
     torch_model, directory = oracle(model_type)
     model, params = load(directory)
     step = jax.jit(model.apply)  # one program for both sides
@@ -48,10 +70,11 @@ def test_hidden_states_with_padding_on_either_side(oracle, model_type):
         states = step(params, tokens, mask=mask)
         check(np.asarray(states)[mask], reference(torch_model, tokens, mask)[mask])
     assert states.dtype == jnp.float32
+    save(tmp_path, model, params)
+    check_written(transformers.AutoModel, tmp_path, torch_model)
 
 
-@pytest.mark.parametrize("model_type", TYPES)
-@pytest.mark.parametrize("task", [task for task in HEADS if task])
+@pytest.mark.parametrize(("model_type", "task"), WITH_HEADS)
 def test_each_head_is_read_and_written(oracle, tmp_path, model_type, task):
     torch_model, directory = oracle(model_type, task)
     model, params = load(directory)
@@ -59,25 +82,10 @@ def test_each_head_is_read_and_written(oracle, tmp_path, model_type, task):
     tokens, mask = padded(model_type)
     check_padded(model, params, torch_model, tokens, mask)
     save(tmp_path, model, params)
-    again, report = HEADS[task][0].from_pretrained(
-        tmp_path, output_loading_info=True, attn_implementation="eager"
-    )
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys"))
-    expected = torch_model.state_dict()
-    assert all(torch.equal(value, expected[key]) for key, value in again.state_dict().items())
+    again = check_written(HEADS[task][0], tmp_path, torch_model)
     check(reference(again, tokens, mask), reference(torch_model, tokens, mask), rtol=1e-6)
     assert again.config.id2label == torch_model.config.id2label
     assert again.config.problem_type == torch_model.config.problem_type
-
-
-@pytest.mark.parametrize("model_type", TYPES)
-def test_a_bare_model_is_written_whole(oracle, tmp_path, model_type):
-    torch_model, directory = oracle(model_type)
-    save(tmp_path, *load(directory))
-    again, report = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys"))
-    expected = torch_model.state_dict()
-    assert all(torch.equal(value, expected[key]) for key, value in again.state_dict().items())
 
 
 def test_types_and_positions_that_are_given(oracle):
@@ -86,12 +94,12 @@ def test_types_and_positions_that_are_given(oracle):
     tokens, _ = padded("bert")
     torch_model, directory = oracle("bert")
     model, params = load(directory)
-    actual = model.apply(params, tokens, token_types=types, positions=positions)
+    actual = jax.jit(model.apply)(params, tokens, token_types=types, positions=positions)
     given = dict(token_type_ids=types, position_ids=positions)
     check(actual, reference(torch_model, tokens, **given))
     torch_model, directory = oracle("roberta")
     model, params = load(directory)
-    actual = model.apply(params, tokens, positions=positions)
+    actual = jax.jit(model.apply)(params, tokens, positions=positions)
     check(actual, reference(torch_model, tokens, position_ids=positions))
 
 
@@ -107,7 +115,7 @@ def test_embeddings_are_pooled_over_the_mask_and_have_length_one(oracle, tmp_pat
     states = reference(torch_model, tokens, mask)
     pooled = states[:, 0] if pooling == "cls" else (states * mask[..., None]).sum(1)
     expected = pooled / np.linalg.norm(pooled, axis=-1, keepdims=True)
-    check(model.apply(params, tokens, mask=mask), expected)
+    check(jax.jit(model.apply)(params, tokens, mask=mask), expected)
     save(tmp_path / "saved", model, params)
     assert load(tmp_path / "saved", task="embedding")[0].config == model.config
 
@@ -117,7 +125,7 @@ def test_bfloat16_stays_close_to_float32(oracle):
     model, params = load(directory, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
     tokens, mask = padded("roberta")
-    logits = model.apply(params, tokens, mask=mask)
+    logits = jax.jit(model.apply)(params, tokens, mask=mask)
     assert logits.dtype == jnp.float32
     # bfloat16 keeps 8 bits; three layers of random signs lose a little more than one of them.
     check(logits, reference(torch_model, tokens, mask), rtol=5e-2)
@@ -132,6 +140,7 @@ def test_gradients_equal_torch(oracle):
     torch_model(**given, labels=torch.tensor([2, 0])).loss.backward()
     expected = torch_model.distilbert.transformer.layer[1].attention.q_lin.weight.grad.numpy()
 
+    @jax.jit
     @jax.grad
     def gradient(params):
         scores = jax.nn.log_softmax(model.apply(params, tokens, mask=mask))
@@ -150,14 +159,12 @@ def test_a_head_that_the_file_lacks_starts_afresh(oracle):
     assert head["out_proj"]["kernel"].shape == (32, 3) and not head["out_proj"]["bias"][...].any()
     kernel = head["dense"]["kernel"][...]
     assert float(kernel.std()) == pytest.approx(SIZES["initializer_range"], rel=0.1)
-    first, same, other = (
+    same, other = (
         load(directory, **options, seed=seed)[1]["classifier"]["dense"]["kernel"][...]
-        for seed in (0, 0, 1)
+        for seed in (0, 1)
     )
-    assert (kernel == first).all() and (first == same).all() and not (first == other).any()
-    bare = load(directory)[1]
-    equal = jax.tree.map(lambda a, b: bool((a == b).all()), bare["encoder"], params["encoder"])
-    assert jax.tree.all(equal)
+    assert np.array_equal(kernel, same) and not np.isclose(kernel, other).all()
+    assert equal(load(directory)[1]["encoder"], params["encoder"])
 
 
 def test_other_labels_replace_the_head(oracle):
@@ -186,8 +193,7 @@ def test_old_names_and_other_heads_in_a_file(oracle, tmp_path):
     tensors["bert.embeddings.position_ids"] = np.arange(40)[None]
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((directory / "config.json").read_text())
-    same = jax.tree.map(lambda a, b: bool((a == b).all()), load(tmp_path)[1], load(directory)[1])
-    assert jax.tree.all(same)
+    assert equal(load(tmp_path)[1], load(directory)[1])
     tensors["bert.encoder.stray"] = np.zeros(1, np.float32)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="has unknown 1 tensors.*bert.encoder.stray"):
