@@ -35,8 +35,8 @@ class Family(NamedTuple):
         respelled: old parts of tensor names, and what they are now.
         spare: regular expressions for tensors (without the prefix) that files may hold and the
             model may not need: buffers, and the heads of other tasks. Matched from the start.
-        table: rows of all weights that some model of the family has, where they depend on the
-            config's presence alone; an adapter file can then be written without its model.
+        table: rows of all weights that some model of the family has, where a weight's name does
+            not depend on the config; an adapter file can then be written without its model.
         fit: from a config, the shapes of a checkpoint's tensors by name, and a function that reads
             one of them, to the config that they ask for, where config.json does not tell all.
     """

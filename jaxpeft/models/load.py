@@ -119,41 +119,51 @@ def _stored(
     relabelled: bool,
 ) -> dict[str, list[str]]:
     """The file's tensors for each weight, in layer order; none for a head that starts afresh."""
-    family = FAMILIES[checkpoint.config.model_type]
-    found = {family.canonical(tensor): tensor for tensor in checkpoint.shapes}
-    stored: dict[str, list[str]] = {}
-    missing, misshapen = set(), []
-    for path, name in rows.items():
-        tensors = name.tensors(shapes[path])
-        held = [found[t] for t in map(family.canonical, tensors) if t in found]
-        expected = name.shape(shapes[path])
-        wrong = [tensor for tensor in held if checkpoint.shapes[tensor] != expected]
-        if name.head and (not held or wrong and relabelled):
-            stored[path] = []
-            continue
-        missing |= {t for t in tensors if family.canonical(t) not in found}
-        misshapen += [(tensor, expected) for tensor in wrong]
-        stored[path] = held
-    wanted = {family.canonical(t) for p, name in rows.items() for t in name.tensors(shapes[p])}
-    spare = re.compile("|".join(family.spare) or "$")
-    unknown = {found[t] for t in found.keys() - wanted if not spare.match(t)}
-    _check_names(checkpoint, missing, unknown)
-    for tensor, expected in misshapen:
-        raise ValueError(
-            f"{tensor!r} in {checkpoint.where} has shape {checkpoint.shapes[tensor]}, "
-            f"but config.json asks for {expected}. Does config.json belong to these weights?"
-        )
+    canonical = FAMILIES[checkpoint.config.model_type].canonical
+    found = {canonical(tensor): tensor for tensor in checkpoint.shapes}
+    wanted = {p: [canonical(t) for t in name.tensors(shapes[p])] for p, name in rows.items()}
+    expected = {path: name.shape(shapes[path]) for path, name in rows.items()}
+
+    def fits(path: str) -> bool:
+        held = [found[t] for t in wanted[path] if t in found]
+        same = all(checkpoint.shapes[tensor] == expected[path] for tensor in held)
+        return bool(held) and (same or not relabelled)
+
+    fresh = {path for path, name in rows.items() if name.head and not fits(path)}
+    _check_names(checkpoint, found, wanted, fresh)
+    stored = {path: [found[t] for t in wanted[path] if path not in fresh] for path in rows}
+    for path, tensors in stored.items():
+        _check_shapes(checkpoint, tensors, expected[path])
     return stored
 
 
-def _check_names(checkpoint: Checkpoint, missing: set[str], unknown: set[str]) -> None:
-    found = set(checkpoint.shapes)
-    for problem, tensors in (("lacks", missing), ("has unknown", unknown)):
+def _check_names(
+    checkpoint: Checkpoint,
+    found: Mapping[str, str],
+    wanted: Mapping[str, list[str]],
+    fresh: set[str],
+) -> None:
+    spare = re.compile("|".join(FAMILIES[checkpoint.config.model_type].spare) or "$")
+    known = {tensor for tensors in wanted.values() for tensor in tensors}
+    needed = {t for path, tensors in wanted.items() if path not in fresh for t in tensors}
+    unknown = {found[t] for t in found.keys() - known if not spare.match(t)}
+    for problem, tensors in (("lacks", needed - found.keys()), ("has unknown", unknown)):
         if tensors:
             raise ValueError(
                 f"{checkpoint.where} {problem} {len(tensors)} tensors for a "
-                f"{checkpoint.config.model_type!r} model: {_some(tensors)}. It has "
-                f"{len(found)} tensors: {_some(found)}. Does config.json belong to these weights?"
+                f"{checkpoint.config.model_type!r} model: {_some(tensors)}. It has {len(found)} "
+                f"tensors: {_some(set(found.values()))}. Does config.json belong to these weights?"
+            )
+
+
+def _check_shapes(
+    checkpoint: Checkpoint, tensors: Sequence[str], expected: tuple[int, ...]
+) -> None:
+    for tensor in tensors:
+        if checkpoint.shapes[tensor] != expected:
+            raise ValueError(
+                f"{tensor!r} in {checkpoint.where} has shape {checkpoint.shapes[tensor]}, "
+                f"but config.json asks for {expected}. Does config.json belong to these weights?"
             )
 
 
