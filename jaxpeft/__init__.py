@@ -2,6 +2,7 @@
 
 from jaxpeft import hf as hf
 from jaxpeft import models as models
+from jaxpeft import quant as quant
 from jaxpeft import serve as serve
 from jaxpeft import train as train
 from jaxpeft.core.lift import lift as lift
@@ -31,3 +32,4 @@ from jaxpeft.methods.lora import rslora as rslora
 from jaxpeft.methods.prefix import flat_prefix as flat_prefix
 from jaxpeft.methods.prefix import prefix_tuning as prefix_tuning
 from jaxpeft.methods.prompt import prompt_tuning as prompt_tuning
+from jaxpeft.quant import quantize as quantize

@@ -1,1 +1,14 @@
-"""Quantized weights: packed formats and their arithmetic."""
+"""Quantized weights: packed formats, their arithmetic, and params that hold them."""
+
+from jaxpeft.quant.formats import fp4 as fp4
+from jaxpeft.quant.formats import fp8 as fp8
+from jaxpeft.quant.formats import gguf as gguf
+from jaxpeft.quant.formats import int4 as int4
+from jaxpeft.quant.formats import int8 as int8
+from jaxpeft.quant.formats import llm_int8 as llm_int8
+from jaxpeft.quant.formats import mxfp4 as mxfp4
+from jaxpeft.quant.formats import nf4 as nf4
+from jaxpeft.quant.formats import nvfp4 as nvfp4
+from jaxpeft.quant.quantize import quantize as quantize
+from jaxpeft.quant.weight import QuantizedWeight as QuantizedWeight
+from jaxpeft.quant.weight import wrap as wrap

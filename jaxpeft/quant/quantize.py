@@ -1,0 +1,159 @@
+"""`quantize`: params with quantized weights in the places of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxpeft.core.rules import Rules, compile_pattern, unmatched
+from jaxpeft.core.site import Site
+from jaxpeft.core.structured import Structured
+from jaxpeft.core.tree import leaves_with_paths
+from jaxpeft.quant import formats
+from jaxpeft.quant.formats import Format
+from jaxpeft.quant.weight import QuantizedWeight, wrap
+
+COMPUTE = ("auto", "xla", "pallas", "interpret")
+Axes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+def quantize(
+    params: Any,
+    rules: Any,
+    *,
+    sites: Sequence[Site] | None = None,
+    dtype: DTypeLike | None = None,
+    compute: str = "auto",
+) -> Any:
+    """Params with quantized structured weights: every method and model runs on them unchanged.
+
+    One weight at a time is packed, on the device where it is. Blocks run along its input axes.
+
+    Args:
+        params: a tree of arrays.
+        rules: a format such as `jaxpeft.quant.nf4()`, for all matrices but embeddings; or
+            `rules((pattern, format), ...)`, of which the first that matches a path wins.
+        sites: how the model uses its parameters, from `tuned.sites(params, *inputs)`; they say
+            which axes are inputs. Without them the last axis is the output, the one before it the
+            input, and any in front are stacks.
+        dtype: that the weights show to the model, in which products are computed; their own when
+            absent.
+        compute: how products unpack the weight: "xla"; "pallas", fused kernels (GPU and TPU);
+            "interpret", the kernels run by the interpreter, for tests; "auto", the fastest of the
+            first two that applies.
+
+    Returns:
+        A tree like `params`, where weights that a rule matches are `QuantizedWeight`s.
+
+    Raises:
+        ValueError: if a rule matches nothing, a weight is not finite, or a block does not divide
+            its input axis.
+        TypeError: if `rules` holds something that is no format.
+
+    Example:
+        >>> import jaxpeft as jp
+        >>> params = {"proj": {"kernel": jnp.ones((64, 32))}, "norm": {"scale": jnp.ones(64)}}
+        >>> packed = quantize(params, jp.quant.nf4())
+        >>> packed["proj"]["kernel"].nbytes < 64 * 32
+        True
+
+    Reference:
+        Dettmers et al. 2023, arXiv:2305.14314 (QLoRA).
+    """
+    if compute not in COMPUTE:
+        raise ValueError(f"compute={compute!r} is none of {COMPUTE}.")
+    by_path = {site.path: site for site in sites or ()}
+    pairs, tree = leaves_with_paths(params, is_leaf=lambda x: isinstance(x, Structured))
+    chosen = _chosen(rules, pairs, by_path)
+
+    def packed(path: str, leaf: Any) -> Any:
+        if path not in chosen:
+            return leaf
+        try:
+            return pack(leaf, chosen[path], site=by_path.get(path), dtype=dtype, compute=compute)
+        except ValueError as error:
+            raise ValueError(f"{path!r} of shape {leaf.shape}: {error}") from error
+
+    return tree.unflatten([packed(path, leaf) for path, leaf in pairs])
+
+
+def pack(
+    weight: Any,
+    fmt: Format,
+    *,
+    site: Site | None = None,
+    dtype: DTypeLike | None = None,
+    compute: str = "auto",
+) -> QuantizedWeight:
+    """One weight, quantized; see `quantize`."""
+    axes = axes_of(weight.shape, site)
+    canonical = _canonical(jnp.asarray(weight), axes)
+    arrays = formats.quantize(canonical, fmt)
+    return wrap(arrays, fmt, weight.shape, axes=axes, dtype=dtype or weight.dtype, compute=compute)
+
+
+def axes_of(shape: Sequence[int], site: Site | None) -> Axes:
+    """Which axes of a weight are stack, input and output."""
+    if site is not None and site.linear:
+        return site.axes("stack", "batch"), site.axes("in"), site.axes("out", "")
+    n = len(shape)
+    return tuple(range(n - 2)), (n - 2,), (n - 1,)
+
+
+def _canonical(weight: jax.Array, axes: Axes) -> jax.Array:
+    stack, ins, outs = axes
+    moved = weight.transpose((*stack, *ins, *outs))
+    first = moved.shape[: len(stack)]
+    size = 1
+    for axis in ins:
+        size *= weight.shape[axis]
+    return moved.reshape((*first, size, -1))
+
+
+def _chosen(rules: Any, pairs: Any, sites: Mapping[str, Site]) -> dict[str, Format]:
+    if isinstance(rules, Format):
+        return {path: rules for path, leaf in pairs if _usual(path, leaf, rules, sites.get(path))}
+    if not isinstance(rules, Rules):
+        raise TypeError(f"rules are a format or rules((pattern, format), ...), got {rules!r}.")
+    found: dict[str, Format] = {}
+    for where, fmt in rules.pairs:
+        if not isinstance(fmt, Format):
+            raise TypeError(f"quantize: {where!r} is paired with {fmt!r}, which is no format.")
+        matches: Callable[[str, Any], bool] = compile_pattern(where)
+        hits = [path for path, leaf in pairs if matches(path, leaf) and _is_matrix(leaf)]
+        if not hits:
+            raise ValueError(unmatched(where, [path for path, _ in pairs], "matrices"))
+        for path in hits:
+            found.setdefault(path, fmt)
+    return found
+
+
+def _is_matrix(leaf: Any) -> bool:
+    floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return floating and not isinstance(leaf, Structured) and len(leaf.shape) > 1
+
+
+def _usual(path: str, leaf: Any, fmt: Format, site: Site | None) -> bool:
+    """Whether a bare format takes a leaf: matrices of products, of whole blocks, no tables."""
+    if not _is_matrix(leaf):
+        return False
+    if site is not None:
+        return site.linear and not site.table and _fits(leaf.shape, fmt, site)
+    name = path.rpartition("/")[2]
+    table = "embed" in name or name in ("bias", "scale", "pos_embedding")
+    return not table and _fits(leaf.shape, fmt, None)
+
+
+def _fits(shape: Sequence[int], fmt: Format, site: Site | None) -> bool:
+    canonical = jax.eval_shape(
+        lambda w: _canonical(w, axes_of(shape, site)), jax.ShapeDtypeStruct(shape, "float32")
+    )
+    try:
+        fmt.layout(canonical.shape)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,193 @@
+"""`QuantizedWeight`: a packed weight that stands in the params tree where the array stood.
+
+A product unpacks the weight next to it, and its backward pass unpacks it again: only packed arrays
+are kept in between. A view of the weight moves labels; a scan over layers takes slices of the packed
+arrays, so that one layer at a time is dense.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxpeft.core.labels import Cut, Drop, Edit, Layout, Split, View
+from jaxpeft.core.structured import Contraction, Structured, node, static
+from jaxpeft.quant.formats import Format, check
+from jaxpeft.quant.formats.base import _decode
+
+Array = jax.Array
+Labels = tuple[int, ...]
+
+
+@node
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedWeight(Structured):
+    """A weight as packed arrays of `(stack..., in, out)`.
+
+    `groups` are the labels of the weight's axes in that order: each stack label has an axis of its
+    own, the labels of `in` and of `out` share one each. `tail` are views that labels cannot say,
+    taken of the dense array. `compute` says how products are done: see `jaxpeft.quant.product`.
+    """
+
+    packed: Mapping[str, Array]
+    format: Format = static()
+    groups: tuple[Labels, Labels, Labels] = static()
+    layout: Layout = static()
+    dtype: Any = static()
+    tail: tuple[View, ...] = static(default=())
+    compute: str = static(default="auto")
+    name: str = static(default="")
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        dense = jax.ShapeDtypeStruct(self.layout.shape, self.dtype)
+        return tuple(jax.eval_shape(functools.partial(_viewed, self.tail), dense).shape)
+
+    @property
+    def packed_shape(self) -> tuple[int, ...]:
+        """The canonical shape `(stack..., in, out)`."""
+        size, (stack, ins, outs) = self.layout.size, self.groups
+        sizes = (math.prod(size[label] for label in group) for group in (ins, outs))
+        return (*(size[label] for label in stack), *sizes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed arrays."""
+        return sum(array.size * array.dtype.itemsize for array in self.packed.values())
+
+    @property
+    def stackable(self) -> bool:
+        return not self.tail
+
+    def materialize(self, dtype: DTypeLike | None = None) -> Array:
+        return self.unpack(self.packed).astype(dtype or self.dtype)
+
+    def unpack(self, packed: Mapping[str, Array]) -> Array:
+        """The dense array that these packed arrays stand for, in this weight's dtype and views."""
+        matrix = _decode(dict(packed), self.format, self.dtype)
+        labels = [label for group in self.groups for label in group]
+        size = self.layout.size
+        wanted = [label for axis in self.layout.axes for label in axis]
+        array = matrix.reshape([size[label] for label in labels])
+        array = array.transpose([labels.index(label) for label in wanted])
+        return _viewed(self.tail, array.reshape(self.layout.shape))
+
+    def view(self, view: View) -> Structured | None:
+        if view.kind == "scale":
+            return None
+        if view.kind == "convert":
+            return dataclasses.replace(self, dtype=jnp.dtype(view.args[0]))
+        step = None if self.tail or view.kind == "place" else self.layout.apply(view)
+        if view.kind == "place" or step is None:
+            return dataclasses.replace(self, tail=(*self.tail, view))
+        layout, edits = step
+        found = self
+        for edit in edits:
+            moved = found._edited(edit)
+            if moved is None:
+                return dataclasses.replace(self, tail=(*self.tail, view))
+            found = moved
+        return dataclasses.replace(found, layout=layout)
+
+    def _edited(self, edit: Edit) -> QuantizedWeight | None:
+        """The packed arrays and labels after an edit; the layout is set by who calls."""
+        stack, ins, outs = self.groups
+        if isinstance(edit, Split):
+            parts = tuple(label for label, _ in edit.parts)
+            if edit.label in stack:
+                return None
+            groups = (stack, _split(ins, edit.label, parts), _split(outs, edit.label, parts))
+            return dataclasses.replace(self, groups=groups)
+        if isinstance(edit, Drop) and edit.label not in stack:
+            kept = (tuple(label for label in group if label != edit.label) for group in self.groups)
+            return dataclasses.replace(self, groups=tuple(kept))
+        if edit.label not in stack:
+            return None
+        axis = stack.index(edit.label)
+        if isinstance(edit, Drop):
+            packed = {name: jnp.squeeze(array, axis) for name, array in self.packed.items()}
+            rest = (stack[:axis] + stack[axis + 1 :], ins, outs)
+            return dataclasses.replace(self, packed=packed, groups=rest)
+        packed = {name: _cut(array, axis, edit) for name, array in self.packed.items()}
+        return dataclasses.replace(self, packed=packed)
+
+    def contract(self, op: Contraction) -> Array | None:
+        from jaxpeft.quant.product import product
+
+        return product(self, op)
+
+    def unstack(self) -> tuple[Any, Callable[[Any], Structured]] | None:
+        stack, ins, outs = self.groups
+        if self.tail or not stack or self.layout.axes[0] != stack[:1]:
+            return None
+        layout = self.layout.with_axes(self.layout.axes[1:])
+        slice_ = dataclasses.replace(self, groups=(stack[1:], ins, outs), layout=layout)
+        return self.packed, lambda packed: dataclasses.replace(slice_, packed=packed)
+
+    def restack(self) -> Structured:
+        length = next(iter(self.packed.values())).shape[0]
+        layout, (label,) = self.layout.fresh(length)
+        stack, ins, outs = self.groups
+        return dataclasses.replace(
+            self,
+            groups=((label, *stack), ins, outs),
+            layout=layout.with_axes(((label,), *layout.axes)),
+        )
+
+
+def _viewed(tail: Sequence[View], array: Any) -> Any:
+    return functools.reduce(lambda array, view: view.bind(array), tail, array)
+
+
+def _split(labels: Labels, label: int, parts: Labels) -> Labels:
+    return tuple(p for old in labels for p in (parts if old == label else (old,)))
+
+
+def _cut(array: Array, axis: int, edit: Cut) -> Array:
+    if isinstance(edit.start, int) or edit.stride != 1:
+        stop = edit.start + (edit.size - 1) * edit.stride + 1
+        return lax.slice_in_dim(array, edit.start, stop, edit.stride, axis)
+    return lax.dynamic_slice_in_dim(array, edit.start, edit.size, axis)
+
+
+def wrap(
+    packed: Mapping[str, Any],
+    fmt: Format,
+    shape: Sequence[int],
+    *,
+    axes: tuple[Sequence[int], Sequence[int], Sequence[int]] | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
+    compute: str = "auto",
+) -> QuantizedWeight:
+    """A quantized weight from packed arrays.
+
+    Args:
+        packed: arrays as `fmt.layout` of `(stack..., in, out)` lists them.
+        fmt: their format.
+        shape: of the weight in the params tree.
+        axes: which of its axes are stack, input and output; the last one is the output, the one
+            before the input, when absent.
+        dtype: that the weight shows to the model, in which products are computed.
+        compute: "auto", "xla", "pallas" or "interpret"; see `jaxpeft.quantize`.
+
+    Returns:
+        The weight, to be put in a params tree.
+
+    Raises:
+        ValueError: if the arrays do not fit, or a scale is not finite.
+    """
+    layout = Layout.of(shape)
+    n = len(layout.axes)
+    stack, ins, outs = axes or (range(n - 2), (n - 2,), (n - 1,))
+    groups = (tuple(stack), tuple(ins), tuple(outs))
+    weight = QuantizedWeight(dict(packed), fmt, groups, layout, jnp.dtype(dtype), (), compute)
+    check(packed, fmt, weight.packed_shape)
+    return weight
