@@ -22,6 +22,11 @@ from jaxpeft.methods.maps import normal, uniform
 
 Array = jax.Array
 
+# The names of all leaves that there may be.
+_LEAVES = "down up rule down_rule up_rule scale gate norm_in norm_out".split()
+_PARTS = ("", "_bias", "_scale", "_left", "_right")
+LEAVES = tuple(name + part for name in _LEAVES for part in _PARTS)
+
 
 @dataclasses.dataclass(frozen=True)
 class Bottleneck:
@@ -66,16 +71,16 @@ class Bottleneck:
 
     def rest(self, site: Site, x: Array, here: Here) -> Array:
         """r, what the update is added to."""
-        total = jnp.zeros((), x.dtype)
-        for i, (name, weight) in enumerate(self.residual):
+        total = None
+        for name, weight in self.residual:
             if name == "read":
                 value = self.read(site, x, here)
             else:
                 parts.first_there([name], ("x", *here.sources), site.path)
                 value = parts.value_at(name, x, here)
             term = value if weight == 1.0 else weight * value
-            total = total + term if i else term
-        return total
+            total = term if total is None else total + term
+        return jnp.zeros_like(x) if total is None else total
 
     def _gate(self, leaves: Leaves, z: Array) -> Array:
         score = z @ leaves["gate"].astype(z.dtype) + leaves["gate_bias"].astype(z.dtype)
