@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxpeft.hf.adapterhub_options import (
+from jaxpeft.hf.adapterhub.options import (
     Bottleneck,
     Fusion,
     LowRank,

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from jaxpeft.hf.adapterhub_pickle import UnsafePickleError, read_pickled
+from jaxpeft.hf.adapterhub.pickled import UnsafePickleError, read_pickled
 
-FIXTURE = Path(__file__).parents[1] / "fixtures/adapterhub/binary/pytorch_adapter.bin"
+FIXTURE = Path(__file__).parents[2] / "fixtures/adapterhub/binary/pytorch_adapter.bin"
 
 
 def assert_as_torch_reads(path):

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxpeft.hf.adapterhub_config import read_config, to_json
-from jaxpeft.hf.adapterhub_options import Bottleneck, Fusion, LowRank, Prefix, Prompt, Reft
+from jaxpeft.hf.adapterhub.config import read_config, to_json
+from jaxpeft.hf.adapterhub.options import Bottleneck, Fusion, LowRank, Prefix, Prompt, Reft
 
-FIXTURES = Path(__file__).parents[1] / "fixtures/adapterhub"
+FIXTURES = Path(__file__).parents[2] / "fixtures/adapterhub"
 FILES = sorted(FIXTURES.glob("*/*/adapter_config.json"))
 BERT = FIXTURES / "bert"
 

@@ -1,0 +1,132 @@
+"""Reads AdapterHub's adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxpeft.core.transform import Adapter, Tuned
+from jaxpeft.flax import transform
+from jaxpeft.hf.adapterhub import bottlenecks, low_rank, prefixes
+from jaxpeft.hf.adapterhub.config import CONFIG, Config, read_config
+from jaxpeft.hf.adapterhub.options import Bottleneck, LowRank, Part, Prefix
+from jaxpeft.hf.adapterhub.piece import AdapterHubFormatError, Context, Piece
+from jaxpeft.hf.adapterhub.places import places
+from jaxpeft.hf.adapterhub.slots import File, shapes_of
+from jaxpeft.hf.paths import at_paths
+from jaxpeft.models import Model
+
+_PARTS: dict[type[Part], Any] = {
+    Bottleneck: bottlenecks.pieces,
+    LowRank: low_rank.pieces,
+    Prefix: prefixes.pieces,
+}
+
+
+def load_adapterhub(directory: str | Path, model: Any) -> tuple[Tuned, Adapter]:
+    """Reads an adapter that AdapterHub's library `adapters` saved.
+
+    Every option of the file is followed or refused, and every tensor of it is used. Bottleneck
+    adapters in all their forms, Compacter, invertible adapters, prefix tuning, LoRA, (IA)^3, and
+    unions of these (Mix-and-Match, UniPELT) compute what the library computes.
+
+    Args:
+        directory: holds `adapter_config.json` and `adapter.safetensors`, or `pytorch_adapter.bin`,
+            of which only tensors are read and nothing is run.
+        model: what the adapter is for, of `jaxpeft.models.load`: BERT, RoBERTa, XLM-RoBERTa,
+            DistilBERT, ViT, T5 or mT5.
+
+    Returns:
+        `(tuned, adapter)`, the adapter in float32.
+
+    Raises:
+        FileNotFoundError: if a file is absent.
+        AdapterHubFormatError: a `ValueError`, if the file asks for what no method here does.
+        ValueError: if a file is damaged, or a tensor is missing, left over or misshapen.
+
+    Example:
+        >>> model, params = jp.models.load("bert-base-uncased")  # doctest: +SKIP
+        >>> tuned, adapter = jp.hf.load_adapterhub("my-adapter", model)  # doctest: +SKIP
+        >>> logits = tuned.apply(adapter, params, tokens, mask=mask)  # doctest: +SKIP
+    """
+    directory = Path(directory)
+    config = read_config(directory / CONFIG)
+    try:
+        context = context_of(model, config)
+        file = File(directory, context.places.prefix)
+        pieces = [*plan(_used(config, file), context)]
+    except AdapterHubFormatError as error:
+        raise AdapterHubFormatError(f"{directory / CONFIG}: {error}") from error
+    tuned, shapes = fresh(model, pieces)
+    found = shapes_of(shapes)
+    leaves: dict[str, dict[str, Any]] = {path: {} for path in shapes}
+    for piece in pieces:
+        for slot in piece.slots:
+            for (path, name), value in slot.read(file, found).items():
+                leaves[path][name] = jnp.asarray(value)
+        if "on" in shapes.get(piece.path, ()):
+            on = piece.method.options["layers"]
+            leaves[piece.path]["on"] = jnp.asarray(on, jnp.float32)
+    file.check()
+    return tuned, Adapter(leaves, shapes.sites)
+
+
+def context_of(model: Any, config: Config) -> Context:
+    """What a plan is made for.
+
+    Raises:
+        AdapterHubFormatError: if the model is not the one of the configuration.
+    """
+    if not isinstance(model, Model):
+        raise AdapterHubFormatError(
+            f"{type(model).__name__} is no model of jaxpeft.models, whose places are known."
+        )
+    width = getattr(model.config, "hidden_size", None) or model.config.d_model
+    mine = (model.config.model_type, width)
+    if (config.model_type, config.hidden_size) != mine:
+        raise AdapterHubFormatError(
+            f"it is for a {config.model_type!r} model of width {config.hidden_size}, this is a "
+            f"{mine[0]!r} model of width {mine[1]}."
+        )
+    return Context(config.name, places(model.config), width)
+
+
+def plan(config: Config, context: Context) -> Iterator[Piece]:
+    """The methods of a configuration at their sites, and the tensors of their leaves.
+
+    Leaves that sites have in common are in the slots of each of them.
+    """
+    for part in config.parts:
+        if type(part) not in _PARTS:
+            raise AdapterHubFormatError(f"{type(part).__name__.lower()} tuning is not read yet.")
+        yield from _PARTS[type(part)](part, context)
+
+
+def fresh(model: Any, pieces: Sequence[Piece]) -> tuple[Tuned, Adapter]:
+    """The tuned model, and its adapter in shapes."""
+    tuned = transform(model, at_paths({piece.path: piece.method for piece in pieces}))
+
+    def start(key: jax.Array, params: Any) -> Adapter:
+        return tuned.init(key, params, *model.example())
+
+    return tuned, jax.eval_shape(start, jax.random.key(0), nnx.state(model))
+
+
+def _used(config: Config, file: File) -> Config:
+    """Without the invertible adapters of early task adapters, which the files do not have."""
+    stored = any("invertible_adapters." in name for name in file.tensors)
+    if stored or not config.text_task:
+        return config
+    gone: dict[str, Any] = {"inv_adapter": None, "inv_adapter_reduction_factor": None}
+    return config._replace(
+        parts=tuple(
+            dataclasses.replace(part, **gone) if isinstance(part, Bottleneck) else part
+            for part in config.parts
+        )
+    )
