@@ -86,10 +86,10 @@ def bottleneck(
     """
     _check_size(width, reduction)
     parts.check_share(dropout=dropout, stochastic_depth=stochastic_depth)
-    _check_choice("scale", scale, ("learned", "channel")) if isinstance(scale, str) else None
-    _check_choice("gate", gate, (None, "token", "sequence"))
-    _check_choice("norm_out", norm_out, (None, "update", "result"))
-    _check_choice("init", init, tuple(STARTS) if phm is None else ("zero", "bert"))
+    parts.check_choice("scale", scale, ("learned", "channel")) if isinstance(scale, str) else None
+    parts.check_choice("gate", gate, (None, "token", "sequence"))
+    parts.check_choice("norm_out", norm_out, (None, "update", "result"))
+    parts.check_choice("init", init, tuple(STARTS) if phm is None else ("zero", "bert"))
 
     f, name = parts.activation_named(activation)
     reading = (reads,) if isinstance(reads, str) else tuple(reads)
@@ -132,8 +132,3 @@ def _check_size(width: Any, reduction: Any) -> None:
         raise ValueError(f"width={width!r} is not a width. Use a positive int: bottleneck(48).")
     if reduction is not None and not reduction > 0:
         raise ValueError(f"reduction={reduction!r} must be positive: bottleneck(reduction=16).")
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is none of {', '.join(map(repr, choices))}.")

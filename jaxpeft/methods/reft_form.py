@@ -139,5 +139,4 @@ def _check(form: Reft, rank: Any, init: str) -> None:
         )
     parts.check_share(dropout=form.dropout)
     parts.activation_named(form.activation)
-    if init not in ("zero", "uniform"):
-        raise ValueError(f"init={init!r} is none of 'zero', 'uniform'.")
+    parts.check_choice("init", init, ("zero", "uniform"))
