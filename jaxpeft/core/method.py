@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpeft.core.rules import Chain, Rules, compile_pattern, unmatched
+from jaxpeft.core.rules import Chain, Rules, Where, compile_pattern, unmatched
 from jaxpeft.core.site import Site
 from jaxpeft.core.tap import Here
 from jaxpeft.core.virtual import Virtual
@@ -22,7 +22,7 @@ class Needs(NamedTuple):
     Attributes:
         virtual: tokens that it puts in front of the sequence.
         inputs: keyword arguments of `apply` that are its own, such as "task_ids".
-        reads: `(site) -> globs` of frozen parameters and of other boundaries whose values `call`
+        reads: `(site) -> patterns` of frozen parameters and of other boundaries whose values `call`
             sees, as `here.weights` and `here.sources`.
         attention: it works at the queries, keys or values of attentions.
         grows: `(glob, count)`: modules inside of which sequences are `count` rows longer, the new
@@ -32,7 +32,7 @@ class Needs(NamedTuple):
 
     virtual: tuple[Virtual, ...] = ()
     inputs: tuple[str, ...] = ()
-    reads: tuple[Callable[[Site], tuple[str, ...]], ...] = ()
+    reads: tuple[Callable[[Site], tuple[Where, ...]], ...] = ()
     attention: bool = False
     grows: tuple[tuple[str, int], ...] = ()
     everywhere: Callable[[Site], bool] | None = None
