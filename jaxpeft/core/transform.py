@@ -69,7 +69,7 @@ class Tuned:
         if not self.beside:
             _check_everywhere(chosen, sites)
         weights = dict(leaves_with_paths(params, is_leaf=_is_structured)[0])
-        by_path = {site.path: _reading(site, chosen, sites) for site in sites}
+        by_path = {site.path: reading(site, chosen, sites) for site in sites}
         leaves = {
             path: method.init(site_key(key, path), by_path[path], weights.get(path))
             for path, method in chosen.items()
@@ -286,7 +286,7 @@ def _shared(method: Method, adapter: Adapter) -> dict[str, Any]:
     return {SHARED: {name: adapter[shared_site(name).path] for name in names}} if names else {}
 
 
-def _reading(site: Site, chosen: Mapping[str, Method], sites: Sequence[Site]) -> Site:
+def reading(site: Site, chosen: Mapping[str, Method], sites: Sequence[Site]) -> Site:
     """The site with the paths of the parameters and boundaries that its method reads."""
     method = chosen.get(site.path)
     if method is None or not method.needs.reads:

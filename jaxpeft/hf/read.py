@@ -18,7 +18,8 @@ from jaxpeft.hf import methods
 from jaxpeft.hf.config import CONFIG, WEIGHTS, Options, read_options
 from jaxpeft.hf.files import read_json, read_site, some
 from jaxpeft.hf.paths import at_paths
-from jaxpeft.hf.prompts import KINDS, read_prompt
+from jaxpeft.hf.prompt_kinds import KINDS
+from jaxpeft.hf.prompts import read_prompt
 from jaxpeft.hf.table import HEAD, Row, Table, of_model, of_names
 from jaxpeft.hf.tensors import PREFIX, Reader, low_rank_keys, torch_axes
 

@@ -22,7 +22,7 @@ from jaxpeft.quant.weight import QuantizedWeight
 Array = jax.Array
 
 # Larger matrices are unpacked a tile of outputs at a time: bytes of a dense tile.
-TILE = 64 * 2**20
+TILE = 16 * 2**20
 
 
 def product(weight: QuantizedWeight, op: Contraction) -> Array | None:

@@ -1,8 +1,8 @@
 """`QuantizedWeight`: a packed weight that stands in the params tree where the array stood.
 
-A product unpacks the weight next to it, and its backward pass unpacks it again: only packed arrays
-are kept in between. A view of the weight moves labels; a scan over layers takes slices of the packed
-arrays, so that one layer at a time is dense.
+A product unpacks the weight next to it, and its backward pass unpacks it again: only packed
+arrays are kept in between. A view of the weight moves labels; a scan over layers takes slices of
+the packed arrays, so that one layer at a time is dense.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ class QuantizedWeight(Structured):
             groups = (stack, _split(ins, edit.label, parts), _split(outs, edit.label, parts))
             return dataclasses.replace(self, groups=groups)
         if isinstance(edit, Drop) and edit.label not in stack:
-            kept = (tuple(label for label in group if label != edit.label) for group in self.groups)
-            return dataclasses.replace(self, groups=tuple(kept))
+            rest = (stack, _split(ins, edit.label, ()), _split(outs, edit.label, ()))
+            return dataclasses.replace(self, groups=rest)
         if edit.label not in stack:
             return None
         axis = stack.index(edit.label)

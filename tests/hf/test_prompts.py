@@ -113,6 +113,48 @@ def test_peft_reads_what_is_tuned_here(kind, base, tmp_path):
     )
 
 
+CAUSAL = {
+    "adaption prompt": peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1),
+    "cpt": peft.CPTConfig(
+        task_type="CAUSAL_LM", cpt_token_ids=[1, 2, 3, 4], cpt_mask=[1] * 4,
+        cpt_tokens_type_mask=[1, 2, 3, 4], opt_projection_epsilon=3.0,
+    ),
+    "multitask": peft.MultitaskPromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2, num_ranks=2
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_files_of_methods_for_causal_models(kind, tmp_path):
+    torch_model("llama").save_pretrained(tmp_path / "base")
+    model, params = jp.models.load(tmp_path / "base")
+    theirs = peft.get_peft_model(torch_model("llama"), CAUSAL[kind]).eval()
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, 0.5 if "gate" in name else 0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    tuned, adapter = jp.hf.load_adapter(tmp_path / "theirs", model)
+    tasks = {"task_ids": torch.tensor([1, 0])} if kind == "multitask" else {}
+    given = {name: jnp.asarray(value.numpy()) for name, value in tasks.items()}
+    ours = tuned.apply(adapter, params, jnp.asarray(TOKENS), mask=jnp.asarray(MASK) > 0, **given)
+
+    def outputs(model):
+        with torch.no_grad():
+            mask = torch.tensor(MASK)
+            logits = model(input_ids=torch.tensor(TOKENS), attention_mask=mask, **tasks).logits
+        return logits[:, -TOKENS.shape[1] :].numpy()[MASK.astype(bool)]
+
+    np.testing.assert_allclose(np.asarray(ours)[MASK.astype(bool)], outputs(theirs), atol=1e-5)
+    jp.hf.save_adapter(tmp_path / "ours", tuned, adapter, model=model)
+    one, other = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("theirs", "ours"))
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        np.testing.assert_array_equal(other[name], value)
+    again = peft.PeftModel.from_pretrained(torch_model("llama"), tmp_path / "ours").eval()
+    np.testing.assert_allclose(outputs(again), outputs(theirs), atol=1e-5)
+
+
 def test_a_prefix_of_an_unrolled_model_nobody_here_wrote_keeps_its_layers(tmp_path):
     class Model(nnx.Module):
         def __init__(self):

@@ -14,10 +14,16 @@ from jaxpeft.quant.formats.codebook import FP4 as FP4
 from jaxpeft.quant.formats.codebook import NF4 as NF4
 from jaxpeft.quant.formats.codebook import fp4 as fp4
 from jaxpeft.quant.formats.codebook import nf4 as nf4
+from jaxpeft.quant.formats.compressed import Compressed as Compressed
+from jaxpeft.quant.formats.compressed import from_compressed_tensors as from_compressed_tensors
+from jaxpeft.quant.formats.compressed import to_compressed_tensors as to_compressed_tensors
 from jaxpeft.quant.formats.float8 import Float8 as Float8
 from jaxpeft.quant.formats.float8 import fp8 as fp8
 from jaxpeft.quant.formats.float8 import from_fp8 as from_fp8
 from jaxpeft.quant.formats.float8 import to_fp8 as to_fp8
+from jaxpeft.quant.formats.fp4_files import from_mxfp4 as from_mxfp4
+from jaxpeft.quant.formats.fp4_files import from_nvfp4 as from_nvfp4
+from jaxpeft.quant.formats.fp4_files import to_fp4 as to_fp4
 from jaxpeft.quant.formats.ggml import GGUF as GGUF
 from jaxpeft.quant.formats.ggml import from_gguf as from_gguf
 from jaxpeft.quant.formats.ggml import gguf as gguf
@@ -39,3 +45,6 @@ from jaxpeft.quant.formats.micro import MXFP4 as MXFP4
 from jaxpeft.quant.formats.micro import NVFP4 as NVFP4
 from jaxpeft.quant.formats.micro import mxfp4 as mxfp4
 from jaxpeft.quant.formats.micro import nvfp4 as nvfp4
+from jaxpeft.quant.formats.registry import FORMATS as FORMATS
+from jaxpeft.quant.formats.registry import from_json as from_json
+from jaxpeft.quant.formats.registry import to_json as to_json
