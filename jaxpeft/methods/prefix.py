@@ -27,6 +27,7 @@ def prefix_tuning(
     width: int | None = None,
     place: str = "",
     shift: bool = False,
+    gate: bool = False,
     names: Mapping[str, str] | None = None,
     dtype: Any = jnp.float32,
 ) -> Method:
@@ -54,6 +55,9 @@ def prefix_tuning(
             default there. By default "front" elsewhere.
         shift: where the prefix is "beside" the sequence, move tokens on by its length in positions
             all the same, as in `peft`'s files for encoders.
+        gate: scale the prefix by `mean(sigmoid(h . g + b))` over the positions of what the
+            attention is given, as in UniPELT: leaves `gate` (stack..., width) and `gate_bias`
+            (stack...) more.
         names: the model's arguments where they have unusual names: keys "tokens", "mask" and
             "positions".
         dtype: of the leaves.
@@ -86,14 +90,21 @@ def prefix_tuning(
         *stack, heads, size = site.shape
         if hidden is None:
             shape = (*stack, tokens, heads, size)
-            return {"prefix": 0.02 * jax.random.normal(key, shape, dtype)}
-        return _perceptron(key, stack, (tokens, width or heads * size, hidden, heads * size), dtype)
+            leaves = {"prefix": 0.02 * jax.random.normal(key, shape, dtype)}
+        else:
+            sizes = (tokens, width or heads * size, hidden, heads * size)
+            leaves = _perceptron(key, stack, sizes, dtype)
+        if gate:
+            start_gate = 0.02 * jax.random.normal(key, (*stack, width or heads * size), dtype)
+            leaves |= {"gate": start_gate, "gate_bias": jnp.zeros(tuple(stack), dtype)}
+        return leaves
 
     def call(site: Site, leaves: Leaves, x: Array, here: Here) -> Array:
-        del site, here
         prefix = leaves["prefix"] if hidden is None else _computed(leaves)
-        rows = prefix.reshape(tokens, *x.shape[-2:]).astype(x.dtype)
-        return x.at[..., where, :, :].set(rows)
+        rows = prefix.reshape(tokens, *x.shape[-2:])
+        if gate:
+            rows = _gate(leaves, here.sources[_given(site)])[..., None, None, None] * rows
+        return x.at[..., where, :, :].set(rows.astype(x.dtype))
 
     options = {
         "tokens": tokens,
@@ -101,6 +112,7 @@ def prefix_tuning(
         "width": width,
         "place": place,
         "shift": shift,
+        "gate": gate,
         "names": dict(names or {}),
     }
     given = tuple(sorted((names or {}).items()))
@@ -113,8 +125,24 @@ def prefix_tuning(
         bare=is_key_or_value,
         options=options,
         call=call,
-        needs=Needs(virtual=(virtual,), attention=True, everywhere=is_key_or_value),
+        needs=Needs(
+            virtual=(virtual,),
+            reads=(lambda site: (_given(site),),) if gate else (),
+            attention=True,
+            everywhere=is_key_or_value,
+        ),
     )
+
+
+def _given(site: Site) -> str:
+    """The boundary with what the attention around a key or a value is given."""
+    return f"{site.path.rpartition(':')[0]}:in"
+
+
+def _gate(leaves: Leaves, h: Array) -> Array:
+    """One number for each sequence."""
+    scores = h.astype(jnp.float32) @ leaves["gate"] + leaves["gate_bias"]
+    return jax.nn.sigmoid(scores).mean(axis=-1)
 
 
 def is_key_or_value(site: Site) -> bool:
