@@ -1,0 +1,156 @@
+"""Ladder side-tuning: its formula in float64, and a backward pass that the model is no part of."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+import jaxpeft as jp
+from jaxpeft.methods.ladder import ladder
+from jaxpeft.models.config import from_hf
+from jaxpeft.models.decoder import Decoder
+
+LAYERS, D, WIDTH, HIDDEN = 3, 6, 2, 5
+W = np.random.default_rng(0).standard_normal((LAYERS, D, D)).astype(np.float32) / 2
+X = np.random.default_rng(1).standard_normal((2, 4, D)).astype(np.float32)
+RULE = ladder(WIDTH, LAYERS, hidden=HIDDEN, reads="layers*:out")
+
+
+@jax.custom_vjp
+def only_forward(x, w):
+    return jnp.tanh(x @ w)
+
+
+def _refuse(*_):
+    raise AssertionError("the backward pass has entered the model")
+
+
+only_forward.defvjp(lambda x, w: (only_forward(x, w), None), _refuse)
+
+
+def scanned(params, x):
+    def step(x, w):
+        return jp.tap(only_forward(x, w), "layers:out"), None
+
+    x, _ = lax.scan(jax.checkpoint(step), x, params["layers"])
+    return jnp.sin(jp.tap(x, "norm:in"))
+
+
+def unrolled(params, x):
+    for i in range(LAYERS):
+        x = jp.tap(only_forward(x, params["layers"][i]), f"layers_{i}:out")
+    return jnp.sin(jp.tap(x, "norm:in"))
+
+
+def formula(leaves, x):
+    """In float64; gelu in the form with tanh."""
+    leaves = {name: np.asarray(leaf, np.float64) for name, leaf in leaves.items()}
+    x, s = np.asarray(x, np.float64), 0.0
+    for i in range(LAYERS):
+        x = np.tanh(x @ np.asarray(W[i], np.float64))
+        mix = 1 / (1 + np.exp(-leaves["mix"][i] / 0.1))
+        u = mix * s + (1 - mix) * (x @ leaves["down"][i])
+        norm = (u - u.mean(-1, keepdims=True)) / np.sqrt(u.var(-1, keepdims=True) + 1e-5)
+        z = norm @ leaves["first"][i]
+        z = 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
+        s = u + z @ leaves["second"][i]
+    return np.sin(x + s @ leaves["up"])
+
+
+@pytest.mark.parametrize("model", [scanned, unrolled])
+def test_the_formula_and_no_derivative_of_the_model(model):
+    params = {"layers": jnp.asarray(W)}
+    tuned = jp.transform(model, jp.rules(("norm:in", RULE)))
+    fresh = tuned.init(jax.random.key(0), params, X)
+    np.testing.assert_allclose(tuned.apply(fresh, params, X), model(params, X), 1e-6)
+    noise = np.random.default_rng(2)
+    adapter = jax.tree.map(lambda x: x + 0.1 * noise.standard_normal(x.shape), fresh)
+
+    def loss(adapter):
+        y = tuned.apply(adapter, params, X)
+        return y.sum(), y
+
+    grads, y = jax.jit(jax.grad(loss, has_aux=True))(adapter)
+    leaves = dict(adapter["norm:in"])
+    np.testing.assert_allclose(y, formula(leaves, X), rtol=1e-4, atol=1e-5)
+    for name, leaf in grads["norm:in"].items():
+        step = np.cos(np.arange(leaf.size)).reshape(leaf.shape) * 1e-5
+        ends = (formula(leaves | {name: np.asarray(leaves[name], np.float64) + s}, X).sum()
+                for s in (step, -step))  # fmt: skip
+        slope = (next(ends) - next(ends)) / 2e-5
+        assert float((leaf * step / 1e-5).sum()) == pytest.approx(slope, rel=1e-3, abs=1e-4)
+
+
+def test_the_check_can_fail():
+    """A bottleneck behind the first layer has the others behind it in the backward pass."""
+    params = {"layers": jnp.asarray(W)}
+    tuned = jp.transform(unrolled, jp.rules(("layers_0:out", jp.bottleneck(2))))
+    adapter = tuned.init(jax.random.key(0), params, X)
+    with pytest.raises(AssertionError, match="the backward pass has entered the model"):
+        jax.grad(lambda a: tuned.apply(a, params, X).sum())(adapter)
+
+
+def test_beside_other_methods_the_ladder_stops_gradients():
+    """The model's output less the plain one is the ladder's: lora has no part in it."""
+
+    def model(params, x):
+        x = jp.tap(jnp.tanh(x @ params["w"]), "layers:out")
+        return jp.tap(x, "norm:in") - x
+
+    params = {"w": jnp.asarray(W[0])}
+    rule = ladder(WIDTH, 1, hidden=HIDDEN, reads="layers:out")
+    tuned = jp.transform(model, jp.rules(("norm:in", rule), ("w", jp.lora(2))))
+    adapter = jax.tree.map(lambda x: x + 0.1, tuned.init(jax.random.key(0), params, X))
+    grads = jax.jit(jax.grad(lambda a: jnp.square(tuned.apply(a, params, X)).sum()))(adapter)
+    assert all(jnp.abs(leaf).max() > 1e-3 for leaf in grads["norm:in"].values() if leaf.ndim > 1)
+    # Of lora's there is the rounding of a sum less itself.
+    assert all(jnp.abs(leaf).max() < 1e-5 for leaf in grads["w"].values())
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    shape = dict(vocab_size=11, hidden_size=8, intermediate_size=12, num_attention_heads=2)
+    config = from_hf(dict(model_type="llama", num_hidden_layers=3, **shape))
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    return model, nnx.state(model), jnp.array([[1, 2, 3], [4, 5, 6]])
+
+
+def products(jaxpr):
+    """The products in a program, those of programs inside included."""
+    count = 0
+    for eqn in jaxpr.eqns:
+        count += eqn.primitive.name == "dot_general"
+        count += sum(products(program) for program in jax.extend.core.jaxprs_in_params(eqn.params))
+    return count
+
+
+def test_on_a_decoder_the_gradient_has_the_products_of_the_forward_pass_and_its_own(decoder):
+    model, params, ids = decoder
+    tuned = jp.transform(model, jp.rules(("norm:in", ladder(2, 3))))
+    adapter = tuned.init(jax.random.key(0), params, ids)
+    want = jax.jit(model.apply)(params, ids)
+    np.testing.assert_allclose(jax.jit(tuned.apply)(adapter, params, ids), want, 1e-5, 1e-6)
+
+    def loss(adapter):
+        return jnp.sin(tuned.apply(adapter, params, ids)).sum()
+
+    forward = products(jax.make_jaxpr(model.apply)(params, ids))
+    both = products(jax.make_jaxpr(jax.grad(loss))(adapter))
+    # A ladder has 3 products a layer and 1 at its end; backward 5 and 2 (no derivative of what it
+    # reads), and the head of the model, which stands behind it, 1.
+    assert both <= forward + 3 + 1 + 5 + 2 + 1
+
+
+def test_arguments_and_the_number_of_layers_are_checked(decoder):
+    model, params, ids = decoder
+    tuned = jp.transform(model, jp.rules(("norm:in", ladder(2, layers=4))))
+    adapter = tuned.init(jax.random.key(0), params, ids)
+    with pytest.raises(ValueError, match=r"reads 3 outputs: layers:out. Use ladder\(2, layers=3\)"):
+        tuned.apply(adapter, params, ids)
+    size = sum(leaf.size for leaf in jax.tree.leaves(adapter))
+    assert size == 4 * (1 + 2 * (8 + 2 * 8)) + 2 * 8
+    for arguments in ((0, 2), (2, 0), (2, 1.5)):
+        with pytest.raises(ValueError, match="is out of range"):
+            ladder(*arguments)
