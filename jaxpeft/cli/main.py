@@ -9,6 +9,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from jaxpeft.cli.compare import compare
 from jaxpeft.cli.demo import demo
 from jaxpeft.cli.finetune import finetune
 from jaxpeft.cli.generate import generate
@@ -22,6 +23,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "merge": merge,
     "inspect": inspect,
+    "compare": compare,
 }
 _DESCRIPTION = (
     "Fine-tune language models with small adapters, in JAX. "

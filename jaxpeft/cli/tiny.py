@@ -1,4 +1,4 @@
-"""A tiny random model with a byte-level tokenizer, to try things on without a download."""
+"""Tiny random models with tokenizers, to try things on without a download."""
 
 from pathlib import Path
 
@@ -43,6 +43,57 @@ def write_tiny_model(directory: Path, corpus: list[str], vocab_size: int = 512) 
     models.save(directory, model, nnx.state(model))
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def write_tiny_encoder(directory: Path, corpus: list[str]) -> Path:
+    """Writes a two-layer BERT with random weights, and a tokenizer of the words of a few sentences.
+
+    Args:
+        directory: the Hugging Face directory to make.
+        corpus: sentences; their words, split at spaces, are the vocabulary.
+
+    Returns:
+        `directory`.
+    """
+    from flax import nnx
+
+    from jaxpeft import models
+    from jaxpeft.models.bert import Bert
+    from jaxpeft.models.bert_config import BertConfig
+
+    tokenizer = _words(corpus)
+    config = BertConfig(
+        model_type="bert",
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+    )
+    model = Bert(config, rngs=nnx.Rngs(0))
+    models.save(directory, model, nnx.state(model))
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def _words(corpus: list[str]):
+    from tokenizers import Tokenizer, pre_tokenizers, processors
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words = [*special, *sorted({word for text in corpus for word in text.split()})]
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+        sep_token="[SEP]",
+    )  # fmt: skip
 
 
 def _tokenizer(corpus: list[str], vocab_size: int):

@@ -1,6 +1,7 @@
-"""Loss curves from a run's metrics."""
+"""Plots: loss over steps, and methods against each other."""
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxpeft.train.metrics import read_metrics
@@ -25,14 +26,10 @@ def plot_loss(metrics: str | os.PathLike[str], image: str | os.PathLike[str]) ->
       >>> (folder / "loss.png").read_bytes()[1:4]
       b'PNG'
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = read_metrics(metrics)
     if not any(_curve(rows, name)[0] for name in ("loss", "eval_loss")):
         raise ValueError(f"{os.fspath(metrics)!r} holds no loss yet. Train at least one step.")
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # the object API: no pyplot, no global figure
+    figure = _figure(7, 4)
     axes = figure.subplots()
     for name, label, marker in (("loss", "train", ""), ("eval_loss", "evaluation", "o")):
         steps, values = _curve(rows, name)
@@ -47,3 +44,69 @@ def plot_loss(metrics: str | os.PathLike[str], image: str | os.PathLike[str]) ->
 def _curve(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     return [step for step, _ in points], [value for _, value in points]
+
+
+# Key of a row, label of the axis, in which unit it is shown, and on which scale.
+_COSTS = (
+    ("parameters", "trained parameters", 1, "log"),
+    ("step_bytes", "memory of a step (MB)", 1e6, "linear"),
+    ("adapter_bytes", "adapter on disk (kB)", 1e3, "log"),
+    ("step_seconds", "seconds a step", 1, "linear"),
+)
+
+
+def plot_comparison(report: Mapping[str, Any], image: str | os.PathLike[str]) -> None:
+    """Draws the quality of each method over what it costs as a PNG, one panel a cost.
+
+    Args:
+        report: what `compare` returns, or `read_results` of its file.
+        image: the PNG to write.
+
+    Raises:
+        ValueError: if no method in it has results.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> row = dict(method="lora", accuracy=0.8, parameters=100, step_bytes=2e6,
+        ...            adapter_bytes=1e3, step_seconds=0.1)
+        >>> report = dict(quality="accuracy", baseline={"accuracy": 0.5}, results=[row])
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "comparison.png"
+        >>> plot_comparison(report, path)
+        >>> path.read_bytes()[1:4]
+        b'PNG'
+    """
+    quality, rows = report["quality"], [r for r in report["results"] if "failure" not in r]
+    if not rows:
+        raise ValueError("no method has results, so there is nothing to draw.")
+    figure = _figure(10, 7)
+    panels = figure.subplots(2, 2, sharey=True).flat
+    for axes, (cost, label, unit, scale) in zip(panels, _COSTS, strict=True):
+        _panel(axes, rows, quality, cost, unit)
+        if quality in report["baseline"]:
+            axes.axhline(report["baseline"][quality], color="grey", linestyle=":", label="baseline")
+        axes.set(xlabel=label, ylabel=quality, xscale=scale)
+        if scale == "linear":
+            axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper")
+    figure.savefig(image, format="png", dpi=120)
+
+
+def _panel(
+    axes: Any, rows: Sequence[Mapping[str, Any]], quality: str, cost: str, unit: float
+) -> None:
+    """One point a method; a method keeps its mark in all panels."""
+    for i, row in enumerate(rows):
+        if row.get(cost) and row.get(quality) is not None:
+            mark = dict(color=f"C{i % 10}", marker="os^Dv"[i // 10 % 5], markersize=8)
+            axes.plot([row[cost] / unit], [row[quality]], linestyle="", label=row["method"], **mark)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # the object API: no pyplot, no global figure
+    return figure
