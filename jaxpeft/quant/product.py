@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpeft.core.structured import Contraction
+from jaxpeft.quant import kernels
 from jaxpeft.quant.weight import QuantizedWeight
 
 Array = jax.Array
@@ -29,10 +30,53 @@ def product(weight: QuantizedWeight, op: Contraction) -> Array | None:
     """The result of a product, of any kind, with the weight on either side."""
     if op.kind == "gather":
         return op.bind(weight.materialize())
+    fused = _fused(weight, op)
+    if fused is not None:
+        return fused
+    return _unfused(weight, op)
+
+
+def _fused(weight: QuantizedWeight, op: Contraction) -> Array | None:
+    """The product by a fused kernel, where one applies and is wanted."""
+    wanted = weight.compute != "xla" and (weight.compute != "auto" or jax.device_count() == 1)
+    if not wanted or not _is_plain(weight, op) or op.side != 1:
+        return None
+    ((contracting, _), x) = op.params["dimension_numbers"], op.others[0]
+    role = weight.layout.axes[contracting[1][0]]
+    if role != weight.groups[1] or contracting[0] != (x.ndim - 1,) or x.dtype != op.out.dtype:
+        return None
+    tile = kernels.plan(weight.format, weight.packed, x.size // x.shape[-1])
+    if tile is None:
+        return None
+    if weight.compute != "auto":
+        return _by_kernel(weight, x, tile, interpret=weight.compute == "interpret")
+    # The kernels are for TPUs until one has measured them elsewhere.
+    return lax.platform_dependent(
+        weight.packed,
+        x,
+        tpu=lambda packed, x: _by_kernel(dataclasses.replace(weight, packed=packed), x, tile),
+        default=lambda packed, x: _unfused(dataclasses.replace(weight, packed=packed), op.on(x)),
+    )
+
+
+def _by_kernel(weight: QuantizedWeight, x: Array, tile: Any, *, interpret: bool = False) -> Array:
+    *lead, inputs = x.shape
+    run = functools.partial(kernels.product, weight.format, tile, interpret)
+    return run(weight.packed, x.reshape(-1, inputs)).reshape(*lead, -1)
+
+
+def _unfused(weight: QuantizedWeight, op: Contraction) -> Array:
     tiles = _tiles(weight, op)
-    if tiles:
-        return _tiled(weight, op, *tiles)
-    return _linear(weight, op)
+    return _tiled(weight, op, *tiles) if tiles else _linear(weight, op)
+
+
+def _is_plain(weight: QuantizedWeight, op: Contraction) -> bool:
+    """Whether one matrix is multiplied by one array over one axis of each."""
+    if op.kind != "dot_general" or weight.tail or len(op.others) != 1:
+        return False
+    contracting, batch = op.params["dimension_numbers"]
+    matrix = not weight.groups[0] and len(weight.layout.axes) == 2
+    return matrix and not any(batch) and len(contracting[0]) == 1
 
 
 def _linear(weight: QuantizedWeight, op: Contraction) -> Array:
@@ -72,15 +116,11 @@ def _tiles(weight: QuantizedWeight, op: Contraction) -> tuple[int, str] | None:
 
     "kept": `x W`, whose result's last axis is the outputs; "met": `g W^T`, which sums over them.
     """
-    if op.kind != "dot_general" or weight.tail or len(op.others) != 1:
+    if not _is_plain(weight, op) or weight.format.name == "gguf":
         return None
-    stack, ins, outs = weight.groups
-    (contracting, batch) = op.params["dimension_numbers"]
-    plain = not stack and not any(batch) and len(weight.layout.axes) == 2
-    if not plain or weight.format.name == "gguf":
-        return None
-    axis = contracting[op.side]
-    role = {ins: "kept", outs: "met"}.get(weight.layout.axes[axis[0]]) if len(axis) == 1 else None
+    _, ins, outs = weight.groups
+    (axis,) = op.params["dimension_numbers"][0][op.side]
+    role = {ins: "kept", outs: "met"}.get(weight.layout.axes[axis])
     count = _count(weight)
     return (count, role) if role and count > 1 else None
 

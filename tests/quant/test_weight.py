@@ -1,0 +1,192 @@
+"""Quantized weights in models: what products give, and what is kept for the backward pass."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxpeft as jp
+from jaxpeft.models.config import from_hf
+from jaxpeft.quant import kernels
+from jaxpeft.quant.formats import dequantize, quantize
+
+TOKENS = jnp.array([[1, 2, 3, 4, 5], [5, 4, 3, 2, 1]])
+FORMATS = [jp.quant.nf4(), jp.quant.int8(), jp.quant.int4(block=32), jp.quant.fp8()]
+METHODS = {
+    "lora": jp.lora(4),
+    "ia3": jp.ia3(),
+    "bottleneck": jp.rules(("**/mlp:delta", jp.bottleneck(4))),
+    "prefix": jp.prefix_tuning(3),
+}
+
+
+def is_quantized(leaf):
+    return isinstance(leaf, jp.quant.QuantizedWeight)
+
+
+def unpacked(params):
+    return jax.tree.map(
+        lambda leaf: leaf.materialize() if is_quantized(leaf) else leaf, params,
+        is_leaf=is_quantized,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    config = from_hf(
+        dict(
+            model_type="llama", vocab_size=64, hidden_size=64, intermediate_size=128,
+            num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        )
+    )  # fmt: skip
+    model = jp.models.Decoder(config, rngs=nnx.Rngs(0))
+    return model, nnx.state(model)
+
+
+def some_values(adapter):
+    key = jax.random.key(3)
+    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape, x.dtype), adapter)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+def test_a_scanned_model_gives_what_the_unpacked_weights_give(fmt, decoder):
+    model, params = decoder
+    tuned = jp.transform(model, jp.lora(4), strict=True)
+    sites = tuned.sites(params, TOKENS)
+    packed = jp.quantize(params, fmt, sites=sites)
+    assert sum(map(is_quantized, jax.tree.leaves(packed, is_leaf=is_quantized))) == 8
+    adapter = some_values(tuned.init(jax.random.key(0), packed, TOKENS))
+
+    def loss(adapter, params):
+        return (tuned.apply(adapter, params, TOKENS) ** 2).mean()
+
+    (y, grads), (expected, exact) = (
+        jax.jit(jax.value_and_grad(loss))(adapter, p) for p in (packed, unpacked(packed))
+    )
+    np.testing.assert_allclose(y, expected, rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_kind_of_method_works_on_a_quantized_base(name, decoder):
+    model, params = decoder
+    tuned = jp.transform(model, METHODS[name], strict=True)
+    packed = jp.quantize(params, jp.quant.nf4(), sites=tuned.sites(params, TOKENS))
+    adapter = some_values(tuned.init(jax.random.key(0), packed, TOKENS))
+    np.testing.assert_allclose(
+        tuned.apply(adapter, packed, TOKENS),
+        tuned.apply(adapter, unpacked(packed), TOKENS),
+        atol=1e-4,
+    )
+
+
+def test_merging_gives_dense_weights_that_agree(decoder):
+    model, params = decoder
+    tuned = jp.transform(model, jp.lora(4))
+    packed = jp.quantize(params, jp.quant.nf4(), sites=tuned.sites(params, TOKENS))
+    adapter = some_values(tuned.init(jax.random.key(0), packed, TOKENS))
+    merged = tuned.merge(adapter, packed)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    np.testing.assert_allclose(
+        model.apply(merged, TOKENS), tuned.apply(adapter, packed, TOKENS), atol=1e-4
+    )
+
+
+def test_the_backward_pass_keeps_no_dense_weight(decoder):
+    """Residuals of a product: packed arrays and activations, nothing of the weight's shape."""
+    weight = jp.quantize({"w": jnp.ones((128, 256)) / 3}, jp.quant.nf4())
+    lifted = jp.lift(lambda params, x: jnp.tanh(x @ params["w"]).sum())
+    _, pullback = jax.vjp(lambda x: lifted(weight, x), jnp.ones((4, 128)))
+    shapes = {leaf.shape for leaf in jax.tree.leaves(pullback)}
+    assert (64, 256) in shapes and (128, 256) not in shapes
+
+
+def test_attention_kernels_of_three_axes_block_along_their_inputs():
+    module = nn.MultiHeadDotProductAttention(4, qkv_features=64)
+    x = jax.random.normal(jax.random.key(0), (2, 3, 64))
+    variables = module.init(jax.random.key(1), x)
+    tuned = jp.transform(module, jp.lora(2), strict=True)
+    packed = jp.quantize(variables, jp.quant.nf4(), sites=tuned.sites(variables, x))
+    adapter = some_values(tuned.init(jax.random.key(0), packed, x))
+    np.testing.assert_allclose(
+        tuned.apply(adapter, packed, x), tuned.apply(adapter, unpacked(packed), x), atol=1e-5
+    )
+    out = packed["params"]["out"]["kernel"]
+    exact = variables["params"]["out"]["kernel"].reshape(64, 64)
+    codes = quantize(exact, jp.quant.nf4())
+    np.testing.assert_array_equal(
+        out.materialize().reshape(64, 64), dequantize(codes, jp.quant.nf4(), (64, 64))
+    )
+
+
+def test_layers_of_a_stack_that_a_loop_takes_one_by_one():
+    w = jax.random.normal(jax.random.key(0), (3, 64, 64)) / 8
+    x = jnp.ones((2, 64))
+
+    def model(params, x):
+        for i in range(3):
+            x = jnp.tanh(x @ params["w"][i])
+        return x @ params["w"][0].T
+
+    packed = jp.quantize({"w": w}, jp.quant.nf4())
+    expected = model(unpacked(packed), x)
+    np.testing.assert_allclose(jp.lift(model, strict=True)(packed, x), expected, atol=1e-5)
+
+
+def test_large_matrices_are_unpacked_in_tiles(monkeypatch):
+    monkeypatch.setattr("jaxpeft.quant.product.TILE", 64 * 64 * 4)
+    w = jax.random.normal(jax.random.key(0), (64, 256))
+    params = jp.quantize({"w": w}, jp.quant.nf4(), compute="xla")
+    x = jax.random.normal(jax.random.key(1), (5, 64))
+
+    def model(params, x):
+        y = x @ params["w"]
+        return y, y @ params["w"].T
+
+    lifted = jp.lift(model, strict=True)
+    for ours, theirs in zip(lifted(params, x), model(unpacked(params), x), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+    text = jax.jit(lifted).lower(params, x).compile().as_text()
+    assert "f32[64,256]" not in text and "f32[64,64]" in text
+    grad, exact = (jax.grad(lambda x, p=p: (lifted(p, x)[1] ** 2).sum())(x)
+                   for p in (params, unpacked(params)))  # fmt: skip
+    np.testing.assert_allclose(grad, exact, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    [jp.quant.nf4(), jp.quant.nf4(128, double=False), jp.quant.int4(), jp.quant.int8(),
+     jp.quant.int4(symmetric=False), jp.quant.int8(block=128)],
+    ids=str,
+)  # fmt: skip
+def test_kernels_equal_the_dense_product_both_ways(fmt):
+    w = jax.random.normal(jax.random.key(0), (512, 256))
+    params = jp.quantize({"w": w}, fmt, compute="interpret")
+    x = jax.random.normal(jax.random.key(1), (2, 10, 512))
+    dense = params["w"].materialize()
+    assert kernels.plan(fmt, params["w"].packed, 20) is not None
+
+    def loss(params, x):
+        return (x @ params["w"] * jnp.arange(256)).sum()
+
+    lifted = jp.lift(loss, strict=True)
+    (y, dx), (expected, exact) = (
+        jax.value_and_grad(f, 1)(p, x) for f, p in ((lifted, params), (loss, {"w": dense}))
+    )
+    np.testing.assert_allclose(y, expected, rtol=1e-3)
+    np.testing.assert_allclose(dx, exact, rtol=1e-3, atol=1)
+
+
+def test_what_cannot_be_quantized_is_named():
+    params = {"a": {"kernel": jnp.ones((64, 8)).at[0, 0].set(jnp.inf)}, "b": jnp.ones((10, 8))}
+    with pytest.raises(ValueError, match=r"'a/kernel' of shape \(64, 8\).* not finite"):
+        jp.quantize(params, jp.quant.nf4())
+    with pytest.raises(ValueError, match=r"'b' of shape \(10, 8\)"):
+        jp.quantize(params, jp.rules(("b", jp.quant.nf4())))
+    with pytest.raises(ValueError, match="matched none of the 2 matrices"):
+        jp.quantize(params, jp.rules(("c/**", jp.quant.nf4())))
+    with pytest.raises(TypeError, match="no format"):
+        jp.quantize(params, jp.rules(("b", "nf4")))
