@@ -8,7 +8,7 @@ from typing import Any
 from jaxpeft.core.adapter import shared_site
 from jaxpeft.core.method import Method
 from jaxpeft.hf.adapterhub.forms import form_of
-from jaxpeft.hf.adapterhub.methods import in_layers, invertible, uneven_bottleneck
+from jaxpeft.hf.adapterhub.methods import in_layers, uneven_bottleneck
 from jaxpeft.hf.adapterhub.options import Bottleneck
 from jaxpeft.hf.adapterhub.piece import (
     AdapterHubFormatError,
@@ -21,6 +21,7 @@ from jaxpeft.hf.adapterhub.piece import (
 from jaxpeft.hf.adapterhub.places import Place
 from jaxpeft.hf.adapterhub.slots import Slot, Stacked
 from jaxpeft.methods.bottleneck import bottleneck
+from jaxpeft.methods.invertible import invertible
 from jaxpeft.methods.phm import Phm, phm
 
 INITS = {"bert": "bert", "mam_adapter": "mam", "houlsby": "houlsby"}
@@ -146,21 +147,26 @@ def _phm_slots(
 def _invertible(part: Bottleneck, context: Context) -> Piece:
     if part.inv_adapter != "nice":
         raise AdapterHubFormatError(f"inv_adapter={part.inv_adapter!r} fails in the library too.")
-    place, stacked = context.places.embeddings, context.places.first_input
+    name, place = context.name, context.places.embeddings
     method = invertible(
-        part.inv_adapter_reduction_factor or 2,
+        context.width,
+        reduction=part.inv_adapter_reduction_factor or 2,
         activation=activation(part.non_linearity),
-        layers=place.depth if stacked else None,
+        shared=f"{name}.invertible",
+        init="bert",
     )
-    path = f"{place.path}:in" if stacked else f"{place.path}:out"
-    module = f"{place.module}invertible_adapters.{context.name}"
-    empty = ("",) * (place.depth - 1)
+    path = f"{place.path}:out"
+    if context.places.first_input:
+        path = f"{place.path}:in"
+        method = in_layers(method, [layer == 0 for layer in range(place.depth)])
+    at_shared = shared_site(f"{name}.invertible").path
+    module = f"{place.module}invertible_adapters.{name}"
     slots = [
-        Stacked(path, f"{net}_{leaf}", (f"{module}.{net.upper()}.{tensor}", *empty), form,
-                stacked=stacked)
+        Stacked(at_shared, f"{net}/{leaf}", (f"{module}.{net.upper()}.{tensor}",), form,
+                stacked=False)
         for net in "fg"
         for leaf, tensor, form in (
-            ("down", "0.weight", "transposed"), ("down_bias", "0.bias", ""),
+            ("down", "0.weight", ""), ("down_bias", "0.bias", ""),
             ("up", "2.weight", "transposed"), ("up_bias", "2.bias", ""),
         )
     ]  # fmt: skip

@@ -69,6 +69,12 @@ class Config(NamedTuple):
     text_task: bool = False
 
 
+def changed(config: Config, kind: type[Part], options: Mapping[str, Any]) -> Config:
+    """The configuration with other options in its parts of a kind."""
+    parts = (dataclasses.replace(p, **options) if type(p) is kind else p for p in config.parts)
+    return config._replace(parts=tuple(parts))
+
+
 def read_config(path: Path) -> Config:
     """The configuration of an adapter, or of a fusion.
 

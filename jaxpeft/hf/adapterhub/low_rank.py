@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+from jaxpeft.core.method import Method
 from jaxpeft.hf import methods
+from jaxpeft.hf.adapterhub.found import Found, at_places, left_out, one_group
 from jaxpeft.hf.adapterhub.methods import gated_ia3, in_layers
 from jaxpeft.hf.adapterhub.options import LowRank
 from jaxpeft.hf.adapterhub.piece import AdapterHubFormatError, Context, Piece, added, at
@@ -12,6 +15,11 @@ from jaxpeft.hf.adapterhub.places import Place
 from jaxpeft.hf.adapterhub.slots import Stacked
 from jaxpeft.methods.bottleneck import bottleneck
 from jaxpeft.methods.ia3 import ia3
+
+# LoRA with a gate, as a bottleneck adapter beside the map.
+_GATED: dict[str, Any] = {
+    "activation": "identity", "reads": "input", "residual": "x", "gate": "sequence", "bias": False,
+}  # fmt: skip
 
 
 def pieces(part: LowRank, context: Context) -> Iterator[Piece]:
@@ -65,8 +73,59 @@ def _gated(part: LowRank, place: Place, context: Context) -> Piece:
         return Piece(path, in_layers(gated_ia3(), layers), tuple(slots))
     slots.append(Stacked(path, "down", at(modules, "lora_A")))
     slots.append(Stacked(path, "up", at(modules, "lora_B"), "transposed"))
-    method = bottleneck(
-        part.r, activation="identity", reads="input", residual="x", gate="sequence", bias=False,
-        dropout=part.dropout, init="mam",
-    )  # fmt: skip
+    method = bottleneck(part.r, dropout=part.dropout, init="mam", **_GATED)
     return Piece(path, in_layers(method, layers), tuple(slots))
+
+
+_NAMES = ("lora", "ia3", "gated_ia3", "bottleneck")
+
+
+def parts(chosen: Mapping[str, Method], context: Context) -> Iterator[tuple[LowRank, list[Found]]]:
+    """The configuration of the methods at linear maps, and where they are."""
+    places = context.places.linears
+    found = at_places(chosen, places, lambda p: (f"{p.path}/kernel", f"{p.path}:out"), _NAMES)
+    together = one_group(found, _options, "LoRA")
+    if not together:
+        return
+    used = {one.option for one in together}
+    yield (
+        LowRank(
+            selfattn_lora=bool(used & set("qkv")),
+            intermediate_lora="intermediate" in used,
+            output_lora="output" in used,
+            attn_matrices=tuple(name for name in "qkv" if name in used),
+            leave_out=left_out(together, places),
+            **_options(together[0]),
+        ),
+        together,
+    )
+
+
+def _options(found: Found) -> dict[str, Any]:
+    """What the library calls a method's options."""
+    options, name = found.options, found.method.name
+    if name == "gated_ia3" or (name == "ia3" and options["on"] == "activations"):
+        return {
+            "r": 1, "alpha": 1, "composition_mode": "scale", "init_weights": "ia3",
+            "use_gating": name == "gated_ia3",
+        }  # fmt: skip
+    if name == "lora" and not options["fused"]:
+        rank = _rank(found)
+        alpha = options["scale"] * rank if options.get("rslora") else options["alpha"]
+        return {"r": rank, "alpha": alpha, "dropout": options["dropout"]}
+    gated = dict(bottleneck(1, **_GATED).options)
+    if name == "bottleneck" and options | {"width": 1, "dropout": 0.0} == gated:
+        rank = options["width"]
+        return {"r": rank, "alpha": rank, "dropout": options["dropout"], "use_gating": True}
+    raise AdapterHubFormatError(f"{name!r} at {found.path!r} with the options {options}.")
+
+
+def _rank(found: Found) -> int:
+    """The rank of all layers that have one; marks the others as left out."""
+    ranks = found.options.get("ranks", [found.options["rank"]] * found.place.depth)
+    alphas = found.options.get("alphas", [found.options["alpha"]] * found.place.depth)
+    kinds = {(r, alpha) for r, alpha in zip(ranks, alphas, strict=True) if r}
+    if len(kinds) > 1:
+        raise AdapterHubFormatError(f"LoRA of several ranks or alphas at {found.path!r}.")
+    found.layers[:] = [rank > 0 for rank in ranks]
+    return int(max(ranks))

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.core.method import Leaves, Method
+from jaxpeft.core.method import SHARED, Leaves, Method, Needs
 from jaxpeft.core.site import Site
 from jaxpeft.core.tap import Here
 from jaxpeft.methods import parts
@@ -90,20 +90,19 @@ def uneven_bottleneck(widths: Sequence[int], **options: Any) -> Method:
 
 def hub_prefix(
     tokens: int,
-    *,
     hidden: int | None = None,
-    width: int | None = None,
+    *,
+    width: int,
     activation: str = "tanh",
     shared: str = "prefix",
-    gated: bool = False,
+    gate: bool = False,
     dropout: float = 0.0,
 ) -> Method:
-    """AdapterHub's prefix tuning: its reparameterization is one for all layers, and it has gates.
+    """AdapterHub's prefix tuning, whose reparameterization is one for all layers.
 
-    Flat leaves, at the keys and the values of each attention: `prefix` (stack..., tokens, heads,
-    head width). With `hidden`, all attentions have `embedding` (tokens, width), `down` (width,
-    hidden) and `down_bias` in common, at "shared:...", and each has `up` (stack..., hidden, heads *
-    head width) and `up_bias`. With gates, `gate` (stack..., d) and `gate_bias` (stack...).
+    All attentions have `embedding` (tokens, width), `down` (width, hidden) and `down_bias` in
+    common, at "shared:...", and each has `up` (stack..., hidden, heads * head width) and `up_bias`
+    for its keys and for its values. Without `hidden` and dropout it is `prefix_tuning`.
 
     Args:
         tokens: length of the prefix.
@@ -111,31 +110,30 @@ def hub_prefix(
         width: of its embedding, and of the model.
         activation: of the hidden layer, a name as for `bottleneck`.
         shared: the name under which the common leaves stand.
-        gated: scale the prefix by `g = mean(sigmoid(h . gate + gate_bias))`, h being what the
-            attention is given, and the mean over all of its positions, padding included.
+        gate: as for `prefix_tuning`.
         dropout: share of the prefix's entries that are dropped, when a key is given.
 
     Returns:
         A method for the sides ":key" and ":value" of attentions.
     """
-    plain = prefix_tuning(tokens)
-    f, name = parts.activation_named(activation)
+    plain = prefix_tuning(tokens, width=width, gate=gate)
+    if hidden is None and not dropout:
+        return plain
+    act, (f, name) = plain.call, parts.activation_named(activation)
+    assert act is not None
 
     def start(key: Array, site: Site, weight: Any) -> Leaves:
         *stack, heads, size = site.shape
-        keys = jax.random.split(key)
         leaves = plain.init(key, site, weight)
         if hidden is not None:
-            up = kaiming_uniform(keys[0], (*stack, hidden, heads * size), hidden, hidden)
-            leaves = {"up": up, "up_bias": jnp.zeros((*stack, heads * size))}
-        if gated:
-            leaves["gate"] = 0.02 * jax.random.normal(keys[1], (*stack, width or heads * size))
-            leaves["gate_bias"] = jnp.zeros(tuple(stack))
+            del leaves["prefix"]
+            up = kaiming_uniform(key, (*stack, hidden, heads * size), hidden, hidden)
+            leaves |= {"up": up, "up_bias": jnp.zeros((*stack, heads * size))}
         return leaves
 
     def common(key: Array) -> Leaves:
+        assert hidden is not None
         keys = jax.random.split(key)
-        assert hidden is not None and width is not None
         down = kaiming_uniform(keys[0], (width, hidden), width, hidden)
         embedding = jax.random.normal(keys[1], (tokens, width))
         return {"embedding": embedding, "down": down, "down_bias": jnp.zeros(hidden)}
@@ -144,40 +142,68 @@ def hub_prefix(
         if hidden is None:
             rows = leaves["prefix"]
         else:
-            one = leaves["shared"][shared]
+            one = leaves[SHARED][shared]
             rows = f(one["embedding"] @ one["down"] + one["down_bias"])
             rows = rows @ leaves["up"] + leaves["up_bias"]
-        rows = parts.dropped(rows.reshape(tokens, *x.shape[-2:]), dropout, here.key)
-        if gated:
-            h = here.sources[_input_of(site)]
-            rows = _gate(leaves, h)[..., None, None, None] * rows
-        return x.at[..., :tokens, :, :].set(rows.astype(x.dtype))
+        return act(site, leaves | {"prefix": parts.dropped(rows, dropout, here.key)}, x, here)
 
     options = {
         "tokens": tokens, "hidden": hidden, "width": width, "activation": name, "shared": shared,
-        "gated": gated, "dropout": dropout,
+        "gate": gate, "dropout": dropout,
     }  # fmt: skip
-    needs = plain.needs
-    if gated:
-        needs = needs._replace(reads=(lambda site: (_input_of(site),),))
     return plain._replace(
         name="hub_prefix",
         init=start,
         call=call,
         options=options,
         shared={} if hidden is None else {shared: common},
-        needs=needs,
     )
 
 
-def _input_of(site: Site) -> str:
-    return f"{site.path.rpartition(':')[0]}:in"
+def hub_prompt(tokens: int, *, pools: bool = False, module: str = "encoder") -> Method:
+    """AdapterHub's prompt tuning: rows in front of the embeddings, which have no positions.
 
+    At the input of the encoder the prompt is put in front, and at its output taken off again.
+    Leaf `prompt` (tokens, d) at the input.
 
-def _gate(leaves: Leaves, h: Array) -> Array:
-    """`mean(sigmoid(h . gate + gate_bias))` over positions, one for each sequence."""
-    score = h @ leaves["gate"].astype(h.dtype) + leaves["gate_bias"].astype(h.dtype)
-    return jax.nn.sigmoid(score).mean(axis=-1)
+    Args:
+        tokens: length of the prompt.
+        pools: let the first row of the output be that of the prompt, for heads that read it there.
+        module: the encoder's path.
+
+    Returns:
+        A method for the input and the output of the encoder.
+
+    Reference:
+        Lester et al. 2021, arXiv:2104.08691.
+    """
+
+    def start(key: Array, site: Site, weight: Any) -> Leaves:
+        del weight
+        if site.side == "out":
+            return {}
+        return {
+            "prompt": jax.random.uniform(key, (tokens, site.shape[-1]), minval=-0.5, maxval=0.5)
+        }
+
+    def call(site: Site, leaves: Leaves, x: Array, here: Here) -> Array:
+        del here
+        if site.side == "in":  # the encoder makes room behind the sequence
+            rows = jnp.broadcast_to(leaves["prompt"], (*x.shape[:-2], *leaves["prompt"].shape))
+            return jnp.concatenate([rows.astype(x.dtype), x[..., :-tokens, :]], axis=-2)
+        text = jnp.roll(x, -tokens, axis=-2)
+        return text.at[..., 0, :].set(x[..., 0, :]) if pools else text
+
+    return Method(
+        "hub_prompt",
+        start,
+        None,
+        fits=lambda site: site.path in (f"{module}:in", f"{module}:out"),
+        bare=lambda site: site.path in (f"{module}:in", f"{module}:out"),
+        options={"tokens": tokens, "pools": pools, "module": module},
+        call=call,
+        needs=Needs(grows=((module, tokens),)),
+    )
 
 
 def gated_ia3() -> Method:
@@ -201,63 +227,9 @@ def gated_ia3() -> Method:
 
     def call(site: Site, leaves: Leaves, y: Array, here: Here) -> Array:
         del site
-        return y * leaves["l"] * _gate(leaves, here.sources["input"])[..., None, None]
+        score = here.sources["input"].astype(jnp.float32) @ leaves["gate"] + leaves["gate_bias"]
+        return y * leaves["l"] * jax.nn.sigmoid(score).mean(axis=-1)[..., None, None]
 
     return Method(
         "gated_ia3", start, None, lambda site: site.side == "out", lambda site: False, call=call
     )
-
-
-def invertible(
-    reduction: float = 2.0, *, activation: str = "relu", layers: int | None = None
-) -> Method:
-    """An invertible adapter in the form of NICE: `y1 = x1 + F(x2)`, `y2 = x2 + G(y1)`.
-
-    x1 and x2 are the halves of the features; F and G have one hidden layer each, leaves `f_down`,
-    `f_down_bias`, `f_up`, `f_up_bias` and so on for `g`.
-
-    Args:
-        reduction: width of a half over that of the hidden layers.
-        activation: of the hidden layers, a name as for `bottleneck`.
-        layers: of a stack, at whose first layer's input it is; None for a place that is not
-            stacked, such as "embeddings:out".
-
-    Returns:
-        A method for call boundaries.
-
-    Reference:
-        Pfeiffer et al. 2020, arXiv:2005.00052; Dinh et al. 2014, arXiv:1410.8516.
-    """
-    f, name = parts.activation_named(activation)
-
-    def start(key: Array, site: Site, weight: Any) -> Leaves:
-        *stack, features = site.shape
-        half = features // 2
-        leaves: Leaves = {}
-        for part, wide, out in (("f", features - half, half), ("g", half, features - half)):
-            inner = int(wide // reduction)
-            for step, shape in (("down", (wide, inner)), ("up", (inner, out))):
-                key, use = jax.random.split(key)
-                leaves[f"{part}_{step}"] = 0.02 * jax.random.normal(use, (*stack, *shape))
-                leaves[f"{part}_{step}_bias"] = jnp.zeros((*stack, shape[1]))
-        return leaves
-
-    def net(leaves: Leaves, part: str, x: Array) -> Array:
-        for step in ("down", "up"):
-            weight, bias = leaves[f"{part}_{step}"], leaves[f"{part}_{step}_bias"]
-            x = x @ weight.astype(x.dtype) + bias.astype(x.dtype)
-            x = f(x) if step == "down" else x
-        return x
-
-    def call(site: Site, leaves: Leaves, x: Array, here: Here) -> Array:
-        del here
-        half = site.shape[-1] // 2
-        first = x[..., :half] + net(leaves, "f", x[..., half:])
-        second = x[..., half:] + net(leaves, "g", first)
-        return jnp.concatenate([first, second], axis=-1)
-
-    method = Method(
-        "invertible", start, None, parts.has_features, lambda site: False,
-        {"reduction": reduction, "activation": name}, call=call,
-    )  # fmt: skip
-    return method if layers is None else in_layers(method, [i == 0 for i in range(layers)])

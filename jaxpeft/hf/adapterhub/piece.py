@@ -29,11 +29,19 @@ class Piece(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a plan is made for: an adapter's name, and the places and the width of a model."""
+    """What a plan is made for.
+
+    Attributes:
+        name: of the adapter.
+        places: of the model.
+        width: of the model.
+        pools: whether the model's head reads the first position.
+    """
 
     name: str
     places: Places
     width: int
+    pools: bool = False
 
 
 class AdapterHubFormatError(ValueError):

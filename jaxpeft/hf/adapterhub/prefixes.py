@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from jaxpeft.core.adapter import shared_site
+from jaxpeft.core.method import Method
+from jaxpeft.hf.adapterhub.found import Found, at_places, one_group
 from jaxpeft.hf.adapterhub.methods import hub_prefix
 from jaxpeft.hf.adapterhub.options import Prefix
-from jaxpeft.hf.adapterhub.piece import AdapterHubFormatError, Context, Piece, activation
+from jaxpeft.hf.adapterhub.piece import (
+    AdapterHubFormatError,
+    Context,
+    Piece,
+    activation,
+    hub_activation,
+)
 from jaxpeft.hf.adapterhub.places import Place
 from jaxpeft.hf.adapterhub.slots import Gates, Packed, Slot, Stacked
+from jaxpeft.hf.files import some
 
 
 def pieces(part: Prefix, context: Context) -> Iterator[Piece]:
@@ -25,11 +35,11 @@ def _at_attention(part: Prefix, place: Place, location: str, context: Context) -
     shared = f"{context.name}.{location}"
     method = hub_prefix(
         part.prefix_length,
-        hidden=None if part.flat else part.bottleneck_size,
+        None if part.flat else part.bottleneck_size,
         width=context.width,
         activation=activation(part.non_linearity),
         shared=shared,
-        gated=part.use_gating,
+        gate=part.use_gating,
         dropout=part.dropout,
     )
     paths = (f"{place.path}:key", f"{place.path}:value")
@@ -64,3 +74,43 @@ def _values(part: Prefix, paths: tuple[str, str], shared: str, context: Context)
     yield common("down_bias", "control_trans.0.bias")
     yield packed("up", "control_trans.2.weight", "map")
     yield packed("up_bias", "control_trans.2.bias", "bias")
+
+
+def parts(chosen: Mapping[str, Method], context: Context) -> Iterator[tuple[Prefix, list[Found]]]:
+    """The configuration of the methods at attentions, and where they are."""
+    places = context.places.attentions
+    names = ("hub_prefix", "prefix_tuning")
+    found = at_places(chosen, places, lambda p: (f"{p.path}:key", f"{p.path}:value"), names)
+    together = one_group(found, _options, "prefix tuning")
+    if not together:
+        return
+    used = {one.option for one in together}
+    required = {name for name in places if name not in ("encoder_prefix", "cross_prefix")}
+    if not required <= used:
+        raise AdapterHubFormatError(f"prefix tuning without {some(required - used)}.")
+    options = _options(together[0])
+    for name in {"encoder_prefix", "cross_prefix"} & places.keys():
+        options[name] = name in used
+    yield Prefix(**options), together
+
+
+def _options(found: Found) -> dict[str, Any]:
+    """What the library calls a method's options."""
+    options = found.options
+    if found.method.name == "prefix_tuning":
+        if options["place"] not in ("", "beside") or options["shift"] or options["names"]:
+            raise AdapterHubFormatError(f"a prefix with {options}: here it is beside the sequence.")
+        options = options | {"hidden": None, "dropout": 0.0}
+    flat = options["hidden"] is None
+    own = {
+        "bottleneck_size": options["hidden"],
+        "non_linearity": hub_activation(options.get("activation", "tanh")),
+    }
+    return {
+        "prefix_length": options["tokens"],
+        "flat": flat,
+        "dropout": options["dropout"],
+        "use_gating": options["gate"],
+        "shared_gating": not options["gate"],
+        **({} if flat else own),
+    }

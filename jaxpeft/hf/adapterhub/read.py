@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ from flax import nnx
 
 from jaxpeft.core.transform import Adapter, Tuned
 from jaxpeft.flax import transform
-from jaxpeft.hf.adapterhub import bottlenecks, low_rank, prefixes
-from jaxpeft.hf.adapterhub.config import CONFIG, Config, read_config
-from jaxpeft.hf.adapterhub.options import Bottleneck, LowRank, Part, Prefix
+from jaxpeft.hf.adapterhub import bottlenecks, low_rank, prefixes, prompts, refts
+from jaxpeft.hf.adapterhub.config import CONFIG, Config, changed, read_config
+from jaxpeft.hf.adapterhub.options import Bottleneck, LowRank, Part, Prefix, Prompt, Reft
 from jaxpeft.hf.adapterhub.piece import AdapterHubFormatError, Context, Piece
 from jaxpeft.hf.adapterhub.places import places
-from jaxpeft.hf.adapterhub.slots import File, shapes_of
+from jaxpeft.hf.adapterhub.slots import File, leaves_of, nested
 from jaxpeft.hf.paths import at_paths
 from jaxpeft.models import Model
 
@@ -26,10 +25,17 @@ _PARTS: dict[type[Part], Any] = {
     Bottleneck: bottlenecks.pieces,
     LowRank: low_rank.pieces,
     Prefix: prefixes.pieces,
+    Prompt: prompts.pieces,
+    Reft: refts.pieces,
 }
 
+# Tasks whose heads read the first position.
+_POOLING = ("sequence-classification", "regression", "image-classification")
 
-def load_adapterhub(directory: str | Path, model: Any) -> tuple[Tuned, Adapter]:
+
+def load_adapterhub(
+    directory: str | Path, model: Any, *, direft: bool = False
+) -> tuple[Tuned, Adapter]:
     """Reads an adapter that AdapterHub's library `adapters` saved.
 
     Every option of the file is followed or refused, and every tensor of it is used. Bottleneck
@@ -41,6 +47,8 @@ def load_adapterhub(directory: str | Path, model: Any) -> tuple[Tuned, Adapter]:
             of which only tensors are read and nothing is run.
         model: what the adapter is for, of `jaxpeft.models.load`: BERT, RoBERTa, XLM-RoBERTa,
             DistilBERT, ViT, T5 or mT5.
+        direft: the file holds a DiReFT. The library does not write that down, and itself takes such
+            a file for a NoReFT, which computes something else.
 
     Returns:
         `(tuned, adapter)`, the adapter in float32.
@@ -57,44 +65,57 @@ def load_adapterhub(directory: str | Path, model: Any) -> tuple[Tuned, Adapter]:
     """
     directory = Path(directory)
     config = read_config(directory / CONFIG)
+    config = _as_direft(config) if direft else config
     try:
-        context = context_of(model, config)
+        context = context_of(model, config.name)
+        _check_model(config, context, model)
         file = File(directory, context.places.prefix)
         pieces = [*plan(_used(config, file), context)]
     except AdapterHubFormatError as error:
         raise AdapterHubFormatError(f"{directory / CONFIG}: {error}") from error
     tuned, shapes = fresh(model, pieces)
-    found = shapes_of(shapes)
-    leaves: dict[str, dict[str, Any]] = {path: {} for path in shapes}
+    leaves = read_leaves(file, pieces, shapes)
+    file.check()
+    return tuned, Adapter({path: nested(found) for path, found in leaves.items()}, shapes.sites)
+
+
+def read_leaves(
+    file: File, pieces: Sequence[Piece], shapes: Adapter
+) -> dict[str, dict[str, jax.Array]]:
+    """The leaves by path and name, of these shapes."""
+    found = {key: tuple(leaf.shape) for key, leaf in leaves_of(shapes).items()}
+    leaves: dict[str, dict[str, jax.Array]] = {path: {} for path in shapes}
     for piece in pieces:
         for slot in piece.slots:
             for (path, name), value in slot.read(file, found).items():
                 leaves[path][name] = jnp.asarray(value)
-        if "on" in shapes.get(piece.path, ()):
+        if "on" in shapes[piece.path]:
             on = piece.method.options["layers"]
             leaves[piece.path]["on"] = jnp.asarray(on, jnp.float32)
-    file.check()
-    return tuned, Adapter(leaves, shapes.sites)
+    return leaves
 
 
-def context_of(model: Any, config: Config) -> Context:
-    """What a plan is made for.
+def context_of(model: Any, name: str) -> Context:
+    """What a plan is made for: an adapter's name and a model.
 
     Raises:
-        AdapterHubFormatError: if the model is not the one of the configuration.
+        AdapterHubFormatError: if the places of the model are not known.
     """
     if not isinstance(model, Model):
         raise AdapterHubFormatError(
             f"{type(model).__name__} is no model of jaxpeft.models, whose places are known."
         )
     width = getattr(model.config, "hidden_size", None) or model.config.d_model
-    mine = (model.config.model_type, width)
-    if (config.model_type, config.hidden_size) != mine:
+    return Context(name, places(model.config), width, model.task in _POOLING)
+
+
+def _check_model(config: Config, context: Context, model: Any) -> None:
+    asked, mine = (config.model_type, config.hidden_size), (model.config.model_type, context.width)
+    if asked != mine:
         raise AdapterHubFormatError(
-            f"it is for a {config.model_type!r} model of width {config.hidden_size}, this is a "
-            f"{mine[0]!r} model of width {mine[1]}."
+            f"it is for a {asked[0]!r} model of width {asked[1]}, this is a {mine[0]!r} model of "
+            f"width {mine[1]}."
         )
-    return Context(config.name, places(model.config), width)
 
 
 def plan(config: Config, context: Context) -> Iterator[Piece]:
@@ -103,8 +124,6 @@ def plan(config: Config, context: Context) -> Iterator[Piece]:
     Leaves that sites have in common are in the slots of each of them.
     """
     for part in config.parts:
-        if type(part) not in _PARTS:
-            raise AdapterHubFormatError(f"{type(part).__name__.lower()} tuning is not read yet.")
         yield from _PARTS[type(part)](part, context)
 
 
@@ -123,10 +142,9 @@ def _used(config: Config, file: File) -> Config:
     stored = any("invertible_adapters." in name for name in file.tensors)
     if stored or not config.text_task:
         return config
-    gone: dict[str, Any] = {"inv_adapter": None, "inv_adapter_reduction_factor": None}
-    return config._replace(
-        parts=tuple(
-            dataclasses.replace(part, **gone) if isinstance(part, Bottleneck) else part
-            for part in config.parts
-        )
-    )
+    gone = {"inv_adapter": None, "inv_adapter_reduction_factor": None}
+    return changed(config, Bottleneck, gone)
+
+
+def _as_direft(config: Config) -> Config:
+    return changed(config, Reft, {"subtract_projection": False})

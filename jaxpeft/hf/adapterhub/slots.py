@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from jaxpeft.hf.adapterhub.pickled import read_pickled
@@ -230,10 +231,102 @@ class Gates(NamedTuple):
         return tensors
 
 
-def shapes_of(adapter: Any) -> dict[tuple[str, str], tuple[int, ...]]:
-    """The shape of each leaf, by path and name."""
-    return {
-        (path, name): tuple(leaf.shape)
-        for path, leaves in adapter.items()
-        for name, leaf in leaves.items()
-    }
+class Rotation(NamedTuple):
+    """Orthonormal rows R (r, d), in the two tensors of torch's orthogonal parametrization.
+
+    With X the first of them, (r, d), and B the second, (d, d) and orthogonal: if r < d, R^T is B
+    times the first r columns of the product of reflections with the vectors e_i + X_i beyond the
+    diagonal, times the signs on the diagonal of X; if r = d, R = B exp(L - L^T), L the lower
+    triangle of X. It is written with X in its initial form, for which R^T is the first r columns of
+    B (r < d), or R = B (r = d).
+
+    Attributes:
+        path: of the leaf's site.
+        leaf: its name.
+        names: of the module in each layer; "" where a layer has none.
+    """
+
+    path: str
+    leaf: str
+    names: tuple[str, ...]
+
+    def read(self, file: File, shapes: Shapes) -> Leaves:
+        whole = np.zeros(shapes[self.path, self.leaf], np.float32)
+        rank, width = whole.shape[1:]
+        for layer, name in enumerate(self.names):
+            if name:
+                x = file.take(f"{name}.weight.original", (rank, width))
+                base = file.take(f"{name}.weight.0.base", (width, width))
+                whole[layer] = _rotation(x.astype(np.float64), base.astype(np.float64))
+        return {(self.path, self.leaf): whole}
+
+    def write(self, leaves: Leaves) -> dict[str, Array]:
+        whole = leaves[self.path, self.leaf]
+        tensors: dict[str, Array] = {}
+        for layer, name in enumerate(self.names):
+            if name:
+                x, base = _reflections(whole[layer].astype(np.float64))
+                tensors[f"{name}.weight.original"] = x.astype(np.float32)
+                tensors[f"{name}.weight.0.base"] = base.astype(np.float32)
+        return tensors
+
+
+def _rotation(x: Array, base: Array) -> Array:
+    rank, width = x.shape
+    if rank == width:
+        lower = np.tril(x)
+        return base @ np.asarray(jax.scipy.linalg.expm(lower - lower.T))
+    columns = np.eye(width, rank)
+    for i in reversed(range(rank)):
+        v = np.where(np.arange(width) > i, x[i], 0.0)
+        v[i] = 1.0
+        columns -= np.outer(2 / (v @ v) * v, v @ columns)
+    # Torch cuts the diagonal off at the point, in the hope that it holds signs.
+    return (base @ (columns * np.trunc(np.diagonal(x)))).T
+
+
+def _reflections(rows: Array) -> tuple[Array, Array]:
+    """The two tensors for orthonormal rows, or for those that Gram-Schmidt makes of others."""
+    rank, width = rows.shape
+    q, r = np.linalg.qr(rows.T, mode="complete")
+    q[:, :rank] *= np.where(np.diagonal(r) < 0, -1.0, 1.0)
+    return -np.eye(rank, width), q.T if rank == width else q
+
+
+class Unused(NamedTuple):
+    """Tensors that the library has without a use: passed over, and written as those of a slot."""
+
+    slot: Any
+
+    def read(self, file: File, shapes: Shapes) -> Leaves:
+        self.slot.read(file, shapes)
+        return {}
+
+    def write(self, leaves: Leaves) -> dict[str, Array]:
+        found: dict[str, Array] = self.slot.write(leaves)
+        return found
+
+
+def flat(leaves: Mapping[str, Any], root: str = "") -> dict[str, Any]:
+    """The leaves of a site by name, those of inner dictionaries as "outer/inner"."""
+    found: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        found |= flat(leaf, f"{root}{name}/") if isinstance(leaf, Mapping) else {root + name: leaf}
+    return found
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flat`."""
+    found: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *outer, last = name.split("/")
+        at = found
+        for key in outer:
+            at = at.setdefault(key, {})
+        at[last] = leaf
+    return found
+
+
+def leaves_of(adapter: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
+    """The leaves of an adapter, by path and name."""
+    return {(path, name): x for path, leaves in adapter.items() for name, x in flat(leaves).items()}

@@ -1,0 +1,102 @@
+"""Which of an adapter's methods are at places that AdapterHub knows, and in which layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxpeft.core.method import Method
+from jaxpeft.hf.adapterhub.piece import AdapterHubFormatError
+from jaxpeft.hf.adapterhub.places import Place
+
+
+class Found(NamedTuple):
+    """A method at a place.
+
+    Attributes:
+        option: that puts something there, such as "mh_adapter".
+        place: where it is.
+        method: what is there.
+        path: of its site.
+        options: of the method, without those that name layers.
+        layers: for each layer whether it is there.
+    """
+
+    option: str
+    place: Place
+    method: Method
+    path: str
+    options: dict[str, Any]
+    layers: list[bool]
+
+
+def at_places(
+    chosen: Mapping[str, Method],
+    places: Mapping[str, Sequence[Place]],
+    paths: Callable[[Place], Sequence[str]],
+    names: Sequence[str],
+) -> list[Found]:
+    """The methods with these names at places.
+
+    Args:
+        chosen: the methods by path.
+        places: by option.
+        paths: of the sites of a place.
+        names: of methods.
+    """
+    found = []
+    for option, wanted in places.items():
+        for place in wanted:
+            for path in paths(place):
+                method = chosen.get(path)
+                if method is not None and method.name in names:
+                    options = dict(method.options)
+                    layers = list(options.pop("layers", [True] * place.depth))
+                    found.append(Found(option, place, method, path, options, layers))
+    return found
+
+
+def groups(found: Sequence[Found], key: Callable[[Found], Any]) -> list[list[Found]]:
+    """Those with equal keys together, keys being JSON values."""
+    by_key: dict[str, list[Found]] = {}
+    for one in found:
+        by_key.setdefault(json.dumps(key(one), sort_keys=True), []).append(one)
+    return list(by_key.values())
+
+
+def left_out(found: Sequence[Found], places: Mapping[str, Sequence[Place]]) -> tuple[int, ...]:
+    """The library's numbers of the layers that have nothing at the options that are used.
+
+    Raises:
+        AdapterHubFormatError: if a layer has something at one of them alone.
+    """
+    used = {one.option for one in found}
+    off: dict[str, set[int]] = {option: set() for option in used}
+    ids: dict[str, set[int]] = {option: set() for option in used}
+    for option in used:
+        for place in places[option]:
+            here = next((o for o in found if (o.option, o.place) == (option, place)), None)
+            layers = here.layers if here else [False] * place.depth
+            ids[option] |= {place.first + i for i in range(place.depth)}
+            off[option] |= {place.first + i for i, on in enumerate(layers) if not on}
+    out = set().union(*off.values()) if off else set()
+    for option in used:
+        if off[option] != out & ids[option]:
+            raise AdapterHubFormatError(
+                f"layers {sorted(out)} are left out in some places but not at {option!r}: in these "
+                "files they are left out everywhere."
+            )
+    return tuple(sorted(out))
+
+
+def one_group(found: Sequence[Found], key: Callable[[Found], Any], what: str) -> list[Found]:
+    """All of them, which must have one key."""
+    together = groups(found, key)
+    if len(together) > 1:
+        paths = [group[0].path for group in together[:2]]
+        raise AdapterHubFormatError(
+            f"{what} has other options at {paths[0]!r} than at {paths[1]!r}: in these files they "
+            "are the same everywhere."
+        )
+    return together[0] if together else []
