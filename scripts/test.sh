@@ -44,5 +44,6 @@ step "tests and doctests"
 if (($#)); then
   "$python" -m pytest "$@"
 else
-  "$python" -m pytest --quiet --durations=15 --doctest-modules tests jaxpeft
+  # A file at a time on each core, because tests of one file share their models.
+  "$python" -m pytest --quiet -n auto --dist loadfile --durations=25 --doctest-modules tests jaxpeft
 fi
