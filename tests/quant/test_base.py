@@ -1,11 +1,29 @@
 """What every format refuses, and that it says how to mend it."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpeft.quant.formats import check, dequantize, int8, nf4, quantize
+from jaxpeft.quant.formats import (
+    FORMATS,
+    check,
+    dequantize,
+    fp4,
+    fp8,
+    from_json,
+    gguf,
+    int4,
+    int8,
+    llm_int8,
+    mxfp4,
+    nf4,
+    nvfp4,
+    quantize,
+    to_json,
+)
 
 W = jnp.ones((2, 128, 3))
 
@@ -61,3 +79,46 @@ def test_scales_that_are_not_finite():
 def test_values_are_not_checked_while_tracing():
     packed = jax.jit(lambda w: quantize(w, nf4()))(W * np.nan)
     assert packed["codes"].shape == (2, 64, 3)
+
+
+EVERY = [nf4(128, double=False), fp4(), int8(), int4(32, symmetric=False, scale="bfloat16")]
+EVERY += [llm_int8(5.0), fp8("e5m2", "block", tile=(32, 16)), mxfp4(), nvfp4(inverse=True)]
+EVERY += [gguf("q6_k")]
+
+
+@pytest.mark.parametrize("fmt", EVERY, ids=str)
+def test_json_there_and_back(fmt):
+    again = from_json(json.loads(json.dumps(to_json(fmt))))
+    assert again == fmt and hash(again) == hash(fmt)
+
+
+def test_every_format_is_tried():
+    assert {fmt.name for fmt in EVERY} == FORMATS.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "int5"}, "no format 'int5'. Use one of: nf4, fp4"),
+        ({"name": "nf4", "size": 3}, r"nf4 has no \['size'\]; it has \['block', 'double'\]"),
+        ({"name": "gguf"}, r"gguf needs \['kind'\]"),
+        ({"name": "nf4", "block": 3}, "use one of 32"),
+    ],
+)
+def test_json_that_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        from_json(options)
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in EVERY if fmt != gguf("q6_k")], ids=str)
+def test_packed_arrays_have_the_axes_of_the_weight(fmt):
+    shape = (2, 128, 6)
+    layout = fmt.layout(shape)
+    packed = quantize(jax.random.normal(jax.random.key(0), shape), fmt)
+    assert packed.keys() == layout.keys()
+    for name, array in packed.items():
+        assert (array.shape, array.dtype) == (layout[name].shape, layout[name].dtype)
+        assert array.ndim == 3 and array.shape[0] == 2 and array.shape[-1] in (1, 6)
+    dense = dequantize(packed, fmt, shape)
+    cut = {name: a[1:, :, 2:5] if a.shape[-1] > 1 else a[1:] for name, a in packed.items()}
+    np.testing.assert_array_equal(dequantize(cut, fmt, (1, 128, 3)), dense[1:, :, 2:5])
