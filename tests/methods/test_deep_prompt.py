@@ -9,6 +9,7 @@ import torch
 
 import jaxpeft as jp
 from jaxpeft.methods.deep_prompt import deep_prompt
+from tests.methods.quick import filled, quick
 from tests.models.vit_oracle import check, pixels
 from tests.models.vit_oracle import vit_oracle as vit_oracle
 
@@ -39,7 +40,7 @@ def test_outputs_and_gradients_are_those_of_rows_put_in_by_hand(vit, kind):
     theirs, model, params, images = vit
     site = PLACES[kind]
     tuned = jp.transform(model, jp.rules((site, deep_prompt(ROWS))))
-    adapter = jax.tree.map(lambda leaf: 20 * leaf, tuned.init(jax.random.key(0), params, images))
+    adapter = filled(jax.eval_shape(tuned.init, jax.random.key(0), params, images))
     stack = (LAYERS,) if kind == "deep" else ()
     assert {p: jax.tree.map(jnp.shape, leaves) for p, leaves in adapter.items()} == {
         site: {"prompt": (*stack, ROWS, WIDTH)}
@@ -53,9 +54,9 @@ def test_outputs_and_gradients_are_those_of_rows_put_in_by_hand(vit, kind):
         y = tuned.apply(adapter, params, images)
         return jnp.sin(y).sum(), y
 
-    grads, got = jax.jit(jax.grad(loss, has_aux=True))(adapter)
+    grads, got = quick(jax.grad(loss, has_aux=True))(adapter)
     check(got, want)
-    assert np.abs(got - jax.jit(model.apply)(params, images)).max() > 1e-2
+    assert np.abs(got - quick(model.apply)(params, images)).max() > 1e-2
     check(grads[site]["prompt"], leaf.grad, 1e-4)
 
 
@@ -89,22 +90,27 @@ class Model(nn.Module):
 
 def test_layers_in_a_loop_have_prompts_each_and_dropout_takes_entries():
     x = jax.random.normal(jax.random.key(0), (3, 5, 4))
-    variables = jax.jit(Model().init)(jax.random.key(1), x)
+    variables = filled(jax.eval_shape(Model().init, jax.random.key(1), x))
     rule = deep_prompt(2, inside="trunk", dropout=0.5)
     tuned = jp.transform(Model(), jp.rules(("trunk/layer_*:in", rule)))
-    adapter = tuned.init(jax.random.key(2), variables, x)
-    h = jnp.sin(x)
-    for i in range(2):
-        rows = jnp.broadcast_to(adapter[f"trunk/layer_{i}:in"]["prompt"], (3, 2, 4))
-        weights = {"params": variables["params"]["trunk"][f"layer_{i}"]}
-        h = Layer().apply(weights, jnp.concatenate([h, rows], axis=1))[:, :5]
-    apply = jax.jit(tuned.apply)
-    np.testing.assert_allclose(apply(adapter, variables, x), h.mean(axis=1), 1e-5, 1e-6)
-    one, again, other = (
-        apply(adapter, variables, x, dropout_key=jax.random.key(seed)) for seed in (1, 1, 2)
-    )
+    adapter = filled(jax.eval_shape(tuned.init, jax.random.key(2), variables, x))
+
+    @quick
+    def by_hand(adapter):
+        h = jnp.sin(x)
+        for i in range(2):
+            rows = jnp.broadcast_to(adapter[f"trunk/layer_{i}:in"]["prompt"], (3, 2, 4))
+            weights = {"params": variables["params"]["trunk"][f"layer_{i}"]}
+            h = Layer().apply(weights, jnp.concatenate([h, rows], axis=1))[:, :5]
+        return h.mean(axis=1)
+
+    want = by_hand(adapter)
+    got = quick(tuned.apply)(adapter, variables, x)
+    np.testing.assert_allclose(got, want, 1e-5, 1e-6)
+    dropped = quick(lambda key: tuned.apply(adapter, variables, x, dropout_key=key))
+    one, again, other = (dropped(jax.random.key(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, again)
-    assert np.abs(one - other).max() > 1e-3 and np.abs(one - h.mean(axis=1)).max() > 1e-3
+    assert np.abs(one - other).max() > 1e-3 and np.abs(one - want).max() > 1e-3
 
 
 def test_arguments_are_checked():

@@ -4,15 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax import lax
 
 import jaxpeft as jp
 from jaxpeft.methods.ladder import ladder
-from jaxpeft.models.config import from_hf
-from jaxpeft.models.decoder import Decoder
+from tests.methods.quick import IDS, decoder, filled, quick
 
-LAYERS, D, WIDTH, HIDDEN = 3, 6, 2, 5
+LAYERS, D, WIDTH, HIDDEN = 3, 6, 4, 5
 W = np.random.default_rng(0).standard_normal((LAYERS, D, D)).astype(np.float32) / 2
 X = np.random.default_rng(1).standard_normal((2, 4, D)).astype(np.float32)
 RULE = ladder(WIDTH, LAYERS, hidden=HIDDEN, reads="layers*:out")
@@ -63,16 +61,21 @@ def formula(leaves, x):
 def test_the_formula_and_no_derivative_of_the_model(model):
     params = {"layers": jnp.asarray(W)}
     tuned = jp.transform(model, jp.rules(("norm:in", RULE)))
-    fresh = tuned.init(jax.random.key(0), params, X)
-    np.testing.assert_allclose(tuned.apply(fresh, params, X), model(params, X), 1e-6)
-    noise = np.random.default_rng(2)
-    adapter = jax.tree.map(lambda x: x + 0.1 * noise.standard_normal(x.shape), fresh)
+    noise = filled(jax.eval_shape(tuned.init, jax.random.key(0), params, X))
 
     def loss(adapter):
         y = tuned.apply(adapter, params, X)
         return y.sum(), y
 
-    grads, y = jax.jit(jax.grad(loss, has_aux=True))(adapter)
+    @quick
+    def program(noise):
+        fresh = tuned.init(jax.random.key(0), params, X)
+        adapter = jax.tree.map(lambda x, n: x + 0.3 * n, fresh, noise)
+        return adapter, tuned.apply(fresh, params, X), jax.grad(loss, has_aux=True)(adapter)
+
+    adapter, still, (grads, y) = program(noise)
+    plain = formula(adapter["norm:in"] | {"up": np.zeros((WIDTH, D))}, X)
+    np.testing.assert_allclose(still, plain, 1e-5, 1e-6)
     leaves = dict(adapter["norm:in"])
     np.testing.assert_allclose(y, formula(leaves, X), rtol=1e-4, atol=1e-5)
     for name, leaf in grads["norm:in"].items():
@@ -87,7 +90,7 @@ def test_the_check_can_fail():
     """A bottleneck behind the first layer has the others behind it in the backward pass."""
     params = {"layers": jnp.asarray(W)}
     tuned = jp.transform(unrolled, jp.rules(("layers_0:out", jp.bottleneck(2))))
-    adapter = tuned.init(jax.random.key(0), params, X)
+    adapter = filled(jax.eval_shape(tuned.init, jax.random.key(0), params, X))
     with pytest.raises(AssertionError, match="the backward pass has entered the model"):
         jax.grad(lambda a: tuned.apply(a, params, X).sum())(adapter)
 
@@ -102,19 +105,13 @@ def test_beside_other_methods_the_ladder_stops_gradients():
     params = {"w": jnp.asarray(W[0])}
     rule = ladder(WIDTH, 1, hidden=HIDDEN, reads="layers:out")
     tuned = jp.transform(model, jp.rules(("norm:in", rule), ("w", jp.lora(2))))
-    adapter = jax.tree.map(lambda x: x + 0.1, tuned.init(jax.random.key(0), params, X))
-    grads = jax.jit(jax.grad(lambda a: jnp.square(tuned.apply(a, params, X)).sum()))(adapter)
+    adapter = filled(jax.eval_shape(tuned.init, jax.random.key(0), params, X))
+    half = {**adapter["norm:in"], "mix": jnp.zeros(1)}
+    adapter = jp.Adapter({**adapter, "norm:in": half}, adapter.sites)
+    grads = quick(jax.grad(lambda a: jnp.square(tuned.apply(a, params, X)).sum()))(adapter)
     assert all(jnp.abs(leaf).max() > 1e-3 for leaf in grads["norm:in"].values() if leaf.ndim > 1)
     # Of lora's there is the rounding of a sum less itself.
     assert all(jnp.abs(leaf).max() < 1e-5 for leaf in grads["w"].values())
-
-
-@pytest.fixture(scope="module")
-def decoder():
-    shape = dict(vocab_size=11, hidden_size=8, intermediate_size=12, num_attention_heads=2)
-    config = from_hf(dict(model_type="llama", num_hidden_layers=3, **shape))
-    model = Decoder(config, rngs=nnx.Rngs(0))
-    return model, nnx.state(model), jnp.array([[1, 2, 3], [4, 5, 6]])
 
 
 def products(jaxpr):
@@ -126,12 +123,10 @@ def products(jaxpr):
     return count
 
 
-def test_on_a_decoder_the_gradient_has_the_products_of_the_forward_pass_and_its_own(decoder):
-    model, params, ids = decoder
-    tuned = jp.transform(model, jp.rules(("norm:in", ladder(2, 3))))
-    adapter = tuned.init(jax.random.key(0), params, ids)
-    want = jax.jit(model.apply)(params, ids)
-    np.testing.assert_allclose(jax.jit(tuned.apply)(adapter, params, ids), want, 1e-5, 1e-6)
+def test_on_a_decoder_the_gradient_has_the_products_of_the_forward_pass_and_its_own():
+    (model, params), ids = decoder(), IDS
+    tuned = jp.transform(model, jp.rules(("norm:in", ladder(2, 2))))
+    adapter = jax.eval_shape(tuned.init, jax.random.key(0), params, ids)
 
     def loss(adapter):
         return jnp.sin(tuned.apply(adapter, params, ids)).sum()
@@ -143,11 +138,11 @@ def test_on_a_decoder_the_gradient_has_the_products_of_the_forward_pass_and_its_
     assert both <= forward + 3 + 1 + 5 + 2 + 1
 
 
-def test_arguments_and_the_number_of_layers_are_checked(decoder):
-    model, params, ids = decoder
+def test_arguments_and_the_number_of_layers_are_checked():
+    (model, params), ids = decoder(), IDS
     tuned = jp.transform(model, jp.rules(("norm:in", ladder(2, layers=4))))
-    adapter = tuned.init(jax.random.key(0), params, ids)
-    with pytest.raises(ValueError, match=r"reads 3 outputs: layers:out. Use ladder\(2, layers=3\)"):
+    adapter = filled(jax.eval_shape(tuned.init, jax.random.key(0), params, ids))
+    with pytest.raises(ValueError, match=r"reads 2 outputs: layers:out. Use ladder\(2, layers=2\)"):
         tuned.apply(adapter, params, ids)
     size = sum(leaf.size for leaf in jax.tree.leaves(adapter))
     assert size == 4 * (1 + 2 * (8 + 2 * 8)) + 2 * 8
