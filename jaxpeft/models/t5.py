@@ -26,6 +26,7 @@ from jax.typing import DTypeLike
 from jaxpeft.flax.mark import Point
 from jaxpeft.models.decoder import KEEP_PROJECTIONS, Embedding, Linear, Policy, RMSNorm
 from jaxpeft.models.layers import ACTIVATIONS
+from jaxpeft.models.masks import over_keys
 from jaxpeft.models.model import Model
 from jaxpeft.models.names import Name
 from jaxpeft.models.t5_config import T5Config
@@ -58,6 +59,8 @@ class Attention(nnx.Module):
         q = self.query(self._heads(self.q(x)))
         k, v = read(self, x)
         k, v = self.key(k), self.value(v)
+        # A prefix in front of the keys has no relative position.
+        bias, visible = over_keys(bias, k), over_keys(visible, k)
         y = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=visible, scale=1.0)
         y = self.context(y, query=q)
         return self.o(y.reshape(*x.shape[:-1], -1))
@@ -190,6 +193,8 @@ class T5(Model):
         >>> model(jnp.array([[1, 2, 3]]), jnp.array([[0, 4]])).shape
         (1, 2, 8)
     """
+
+    keys_take_prefix = True
 
     def __init__(
         self,

@@ -227,6 +227,8 @@ class ViT(Model):
         (5, 2)
     """
 
+    keys_take_prefix = True
+
     def __init__(
         self,
         config: ViTConfig,
