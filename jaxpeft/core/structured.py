@@ -45,7 +45,7 @@ class Contraction(NamedTuple):
         """The same product with `others` as the remaining operands, of the shapes that they had."""
         return Contraction(
             self.kind, self.params, self.side, others, self.out,
-            lambda array: self.bind(array, *others),
+            lambda array, *given: self.bind(array, *(given or others)),
         )  # fmt: skip
 
 

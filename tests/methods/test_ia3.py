@@ -156,6 +156,20 @@ def test_it_scales_what_another_method_has_tuned_and_a_bfloat16_base_stays():
     np.testing.assert_allclose(np.asarray(y, np.float64), want, 0.03, 0.1)
 
 
+@pytest.mark.parametrize("on", ["in", "out"])
+def test_it_scales_what_meets_a_quantized_stack_of_layers(on):
+    def scanned(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+    x, params = numbers(1, 3, 32), {"w": jnp.asarray(numbers(2, 2, 32, 32))}
+    params = jp.quant.quantize(params, jp.rules(("**", jp.quant.int8())))
+    tuned = jp.transform(scanned, jp.rules(("w", ia3(on))), strict=True)
+    adapter = tuned.init(jax.random.key(0), params, x)
+    adapter = jax.tree.map(lambda leaf: leaf + 0.3 * numbers(3, *leaf.shape), adapter)
+    got, merged = tuned.apply(adapter, params, x), tuned.merge(adapter, params)
+    np.testing.assert_allclose(got, scanned(merged, x), rtol=1e-4, atol=1e-4)
+
+
 def test_sides_are_checked():
     with pytest.raises(ValueError, match='on=\'side\' is none of "out", "in" and "activations"'):
         ia3("side")
