@@ -79,7 +79,8 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_names_of_the_library_exist(page):
-    for dotted in set(re.findall(r"\bjp\.([a-z_.][a-z0-9_.]*[a-z0-9_])", page.read_text(), re.IGNORECASE)):
+    names = re.compile(r"\bjp\.([a-z_.][a-z0-9_.]*[a-z0-9_])", re.IGNORECASE)
+    for dotted in set(names.findall(page.read_text())):
         value = jp
         for name in dotted.split("."):
             value = getattr(value, name)

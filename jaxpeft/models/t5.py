@@ -60,8 +60,8 @@ class Attention(nnx.Module):
         k, v = read(self, x)
         k, v = self.key(k), self.value(v)
         # A prefix in front of the keys has no relative position.
-        bias, visible = over_keys(bias, k), over_keys(visible, k)
-        y = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=visible, scale=1.0)
+        mask, bias = over_keys(visible, k), over_keys(bias, k)
+        y = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=1.0)
         y = self.context(y, query=q)
         return self.o(y.reshape(*x.shape[:-1], -1))
 
