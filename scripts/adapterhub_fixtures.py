@@ -28,7 +28,6 @@ import torch
 import transformers
 from adapterhub_cases import BASES
 from adapters import Fuse
-from adapters.methods.reft import ReftUnit
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -37,6 +36,7 @@ logging.disable(logging.WARNING)
 transformers.logging.set_verbosity_error()
 
 FOLDER = Path(__file__).parents[1] / "tests" / "fixtures" / "adapterhub"
+CONFIG = "adapter_config.json"
 SAFE_FUSION = "model_adapter_fusion.safetensors"
 Tensors = dict[str, Tensor]
 
@@ -154,7 +154,7 @@ def save_fusion(model: Any, folder: Path, names: list[str]) -> None:
 
 def age(folder: Path) -> None:
     """Turn an adapter into what the library's first version wrote."""
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG
     config = json.loads(path.read_text())
     del config["version"]
     config["config"]["non_linearity"] = "gelu"
@@ -179,13 +179,6 @@ def reload(folder: Path, kind: str, adapter: Path) -> Any:
     if info["unexpected_keys"] or info["missing_keys"]:
         raise ValueError(f"{adapter}: {info}")
     return model.eval()
-
-
-def intervene_without_projection(model: nn.Module) -> None:
-    """The library forgets this about a DiReFT that it saves."""
-    for module in model.modules():
-        if isinstance(module, ReftUnit):
-            module.subtract_projection = False
 
 
 def write_adapter(folder: Path, kind: str, name: str, config: Any) -> dict[str, Tensors]:
@@ -259,10 +252,10 @@ def check(root: Path, others: Path) -> None:
     worst = 0.0
     for path in sorted(p for p in others.glob("*/*") if p.is_dir()):
         kind, name = path.parent.name, path.name
+        if name == "direft" and others == root:  # see README.md
+            continue
         fusion = name.startswith("fusion_")
         model = (load_fusion if fusion else reload)(root / kind, kind, path)
-        if name == "direft":
-            intervene_without_projection(model)
         expected = load_file(root / kind / "expected.safetensors")
         part = {k.partition("/")[2]: v for k, v in expected.items() if k.startswith(f"{name}/")}
         found = difference(outputs(model, inputs(kind)), part)

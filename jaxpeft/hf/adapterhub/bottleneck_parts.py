@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxpeft.core.method import Method
 from jaxpeft.hf.adapterhub.forms import Form, flags_of
 from jaxpeft.hf.adapterhub.found import Found, at_places, groups, left_out
 from jaxpeft.hf.adapterhub.options import Bottleneck
 from jaxpeft.hf.adapterhub.piece import AdapterHubFormatError, Context, hub_activation
 from jaxpeft.hf.adapterhub.places import Place
+from jaxpeft.hf.collect import Stage
 from jaxpeft.methods.parts import first_there
 
 Parts = list[tuple[Bottleneck, list[Found]]]
@@ -24,7 +24,7 @@ _NORM_OUT: dict[str | None, dict[str, bool]] = {
 
 
 def parts(
-    chosen: Mapping[str, Method], context: Context
+    chosen: Mapping[str, Stage], context: Context
 ) -> Iterator[tuple[Bottleneck, list[Found]]]:
     """The configurations of the methods at sublayers and embeddings, and where they are.
 
@@ -46,7 +46,7 @@ def parts(
     yield from _with_inverse(listed, chosen, context)
 
 
-def _at_sublayers(chosen: Mapping[str, Method], context: Context) -> list[Found]:
+def _at_sublayers(chosen: Mapping[str, Stage], context: Context) -> list[Found]:
     def paths(place: Place) -> tuple[str, str]:
         return f"{place.path}:delta", f"{place.norm}:out"
 
@@ -140,7 +140,7 @@ def _ratio(width: int, inner: int) -> float:
     return factor if int(width // factor) == inner else width / (inner + 0.5)
 
 
-def _with_inverse(listed: Parts, chosen: Mapping[str, Method], context: Context) -> Parts:
+def _with_inverse(listed: Parts, chosen: Mapping[str, Stage], context: Context) -> Parts:
     """With the invertible adapter, which the library gives the activation of a part."""
     place = {"": (context.places.embeddings,)}
     paths = (":in",) if context.places.first_input else (":out",)

@@ -31,6 +31,8 @@ def pieces(part: Bottleneck, context: Context) -> Iterator[Piece]:
     """The methods of a configuration, at the sublayers and behind the embeddings."""
     for option, places in context.places.sublayers.items():
         for place in places if getattr(part, option) else ():
+            if not any(place.layers(part.leave_out)):
+                continue
             yield _at_sublayer(part, place, context)
     if part.inv_adapter:
         yield _invertible(part, context)

@@ -58,6 +58,7 @@ class Config(NamedTuple):
         parts: its methods; more than one in a union.
         model_type: of the model that it is for.
         hidden_size: of that model.
+        fused: of a fusion, the names of the adapters that it fuses.
         text_task: whether it is a task adapter of an early version, whose invertible adapter, which
             every configuration had, was neither used nor saved.
     """
@@ -66,6 +67,7 @@ class Config(NamedTuple):
     parts: tuple[Part, ...]
     model_type: str
     hidden_size: int | None
+    fused: tuple[str, ...] = ()
     text_task: bool = False
 
 
@@ -97,14 +99,14 @@ def read_config(path: Path) -> Config:
             f"{path} has no `config` object and `name`: it was not written by `adapters`. "
             "Adapters of PEFT are read with jaxpeft.hf.load_adapter."
         )
-    fusion = "adapter_names" in values
+    fused = tuple(values.get("adapter_names", ()))
     union = given.get("architecture") == "union"
     listed = given.get("configs", []) if union else [given]
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
         raise ValueError(f"{path}: `configs` must be a list of objects, not {listed!r}.")
-    parts = tuple(_part(_renewed(one, version), fusion, path) for one in listed)
+    parts = tuple(_part(_renewed(one, version), bool(fused), path) for one in listed)
     return Config(
-        name, parts, str(values.get("model_type")), values.get("hidden_size"),
+        name, parts, str(values.get("model_type")), values.get("hidden_size"), fused,
         values.get("type") == "text_task",
     )  # fmt: skip
 
@@ -131,14 +133,14 @@ def to_json(config: Config, **more: Any) -> dict[str, Any]:
         "model_type": config.model_type,
         "name": config.name,
         "version": VERSION,
+        **({"adapter_names": list(config.fused)} if config.fused else {}),
         **more,
     }
 
 
 def _values(part: Part) -> dict[str, Any]:
     values = dataclasses.asdict(part)
-    if values.get("subtract_projection"):
-        del values["subtract_projection"]
+    values.pop("subtract_projection", None)
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 

@@ -92,9 +92,7 @@ def _unusual(flags: Mapping[str, Any]) -> bool:
     """Options that the library passes over in a form, but for the values that it writes there."""
     if flags["is_parallel"]:
         return flags["original_ln_before"] or flags["residual_before_ln"] is not True
-    if not flags["original_ln_before"]:
-        return flags["residual_before_ln"] is not True
-    return flags["residual_before_ln"] is True and not flags["original_ln_after"]
+    return not flags["original_ln_before"] and flags["residual_before_ln"] is not True
 
 
 def _same(one: Form, other: Form) -> bool:

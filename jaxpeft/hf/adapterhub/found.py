@@ -6,9 +6,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxpeft.core.method import Method
+from jaxpeft.core.adapter import Adapter, is_shared
+from jaxpeft.core.transform import Tuned
 from jaxpeft.hf.adapterhub.piece import AdapterHubFormatError
 from jaxpeft.hf.adapterhub.places import Place
+from jaxpeft.hf.collect import Stage, stages_at
 
 
 class Found(NamedTuple):
@@ -25,14 +27,41 @@ class Found(NamedTuple):
 
     option: str
     place: Place
-    method: Method
+    method: Stage
     path: str
     options: dict[str, Any]
     layers: list[bool]
 
 
+def alone(tuned: Tuned, adapter: Adapter) -> tuple[dict[str, Stage], Adapter]:
+    """The method at each site, and the adapter with its leaves.
+
+    Raises:
+        AdapterHubFormatError: if there are several at one.
+    """
+    stages = stages_at(tuned, adapter)
+    for path, found in stages.items():
+        if len(found) > 1:
+            names = " and ".join(repr(stage.name) for stage in found)
+            raise AdapterHubFormatError(f"{names} one after the other at {path!r}.")
+    leaves = {path: dict(found[0].leaves) for path, found in stages.items()}
+    leaves |= {site.path: adapter[site.path] for site in adapter.sites if is_shared(site)}
+    chosen = {path: found[0] for path, found in stages.items()}
+    return chosen, Adapter(leaves, adapter.sites)
+
+
+def shared_name(stage: Stage) -> str | None:
+    """The name of the leaves that a method has in common with other sites."""
+    options = stage.options
+    if stage.name == "bottleneck":
+        return options["phm"]["shared"] if options["phm"] else None
+    if stage.name == "hub_prefix" and options["hidden"] is None:
+        return None
+    return options.get("shared")
+
+
 def at_places(
-    chosen: Mapping[str, Method],
+    chosen: Mapping[str, Stage],
     places: Mapping[str, Sequence[Place]],
     paths: Callable[[Place], Sequence[str]],
     names: Sequence[str],

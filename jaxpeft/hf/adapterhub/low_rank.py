@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxpeft.core.method import Method
 from jaxpeft.hf import methods
 from jaxpeft.hf.adapterhub.found import Found, at_places, left_out, one_group
 from jaxpeft.hf.adapterhub.methods import gated_ia3, in_layers
@@ -13,6 +12,7 @@ from jaxpeft.hf.adapterhub.options import LowRank
 from jaxpeft.hf.adapterhub.piece import AdapterHubFormatError, Context, Piece, added, at
 from jaxpeft.hf.adapterhub.places import Place
 from jaxpeft.hf.adapterhub.slots import Stacked
+from jaxpeft.hf.collect import Stage
 from jaxpeft.methods.bottleneck import bottleneck
 from jaxpeft.methods.ia3 import ia3
 
@@ -36,6 +36,8 @@ def pieces(part: LowRank, context: Context) -> Iterator[Piece]:
     at_linear = _scale if part.composition_mode == "scale" else _low_rank
     for name, places in context.places.linears.items():
         for place in places if on[name] else ():
+            if not any(place.layers(part.leave_out)):
+                continue
             yield (_gated if part.use_gating else at_linear)(part, place, context)
 
 
@@ -80,7 +82,7 @@ def _gated(part: LowRank, place: Place, context: Context) -> Piece:
 _NAMES = ("lora", "ia3", "gated_ia3", "bottleneck")
 
 
-def parts(chosen: Mapping[str, Method], context: Context) -> Iterator[tuple[LowRank, list[Found]]]:
+def parts(chosen: Mapping[str, Stage], context: Context) -> Iterator[tuple[LowRank, list[Found]]]:
     """The configuration of the methods at linear maps, and where they are."""
     places = context.places.linears
     found = at_places(chosen, places, lambda p: (f"{p.path}/kernel", f"{p.path}:out"), _NAMES)

@@ -110,8 +110,8 @@ class LowRank:
 class Reft:
     """LoReFT, NoReFT and DiReFT.
 
-    The last has `subtract_projection` False, which the library follows in a file but does not write
-    there, so that a DiReFT comes back as a NoReFT.
+    The last has `subtract_projection` False, which the library neither writes nor reads, so that a
+    DiReFT comes back from a file as a NoReFT.
     """
 
     layers: str | tuple[int, ...]

@@ -18,6 +18,8 @@ ACTIVATIONS = {
     "leakyrelu": "leaky_relu",
     "linear": "identity",
 }
+# Those that have one name in both.
+_SAME = ("relu", "silu", "swish", "tanh", "sigmoid", "relu6", "mish", "quick_gelu")
 
 
 class Piece(NamedTuple):
@@ -58,8 +60,16 @@ def activation(name: str) -> str:
 
 
 def hub_activation(name: str) -> str:
-    """The name in transformers of an activation here; the inverse of `activation`."""
-    return next((theirs for theirs, ours in ACTIVATIONS.items() if ours == name), name)
+    """The name in transformers of an activation here; the inverse of `activation`.
+
+    Raises:
+        AdapterHubFormatError: if it has none.
+    """
+    known = dict(zip(_SAME, _SAME, strict=True))
+    known |= {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+    if name not in known:
+        raise AdapterHubFormatError(f"the activation {name!r}: known are {', '.join(known)}.")
+    return known[name]
 
 
 def at(modules: Sequence[str], tensor: str) -> tuple[str, ...]:

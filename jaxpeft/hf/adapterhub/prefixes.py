@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxpeft.core.adapter import shared_site
-from jaxpeft.core.method import Method
 from jaxpeft.hf.adapterhub.found import Found, at_places, one_group
 from jaxpeft.hf.adapterhub.methods import hub_prefix
 from jaxpeft.hf.adapterhub.options import Prefix
@@ -19,11 +18,17 @@ from jaxpeft.hf.adapterhub.piece import (
 )
 from jaxpeft.hf.adapterhub.places import Place
 from jaxpeft.hf.adapterhub.slots import Gates, Packed, Slot, Stacked
+from jaxpeft.hf.collect import Stage
 from jaxpeft.hf.files import some
 
 
 def pieces(part: Prefix, context: Context) -> Iterator[Piece]:
     """The methods of a configuration, at the keys and values of attentions."""
+    if "cross_prefix" in context.places.attentions:
+        raise AdapterHubFormatError(
+            "prefix tuning of a model with relative positions: the library moves keys on by the "
+            "length of the prefix, but not queries, which no model here does."
+        )
     if part.leave_out:
         raise AdapterHubFormatError("leave_out of prefix tuning: here all layers have a prefix.")
     for location, places in context.places.attentions.items():
@@ -76,7 +81,7 @@ def _values(part: Prefix, paths: tuple[str, str], shared: str, context: Context)
     yield packed("up_bias", "control_trans.2.bias", "bias")
 
 
-def parts(chosen: Mapping[str, Method], context: Context) -> Iterator[tuple[Prefix, list[Found]]]:
+def parts(chosen: Mapping[str, Stage], context: Context) -> Iterator[tuple[Prefix, list[Found]]]:
     """The configuration of the methods at attentions, and where they are."""
     places = context.places.attentions
     names = ("hub_prefix", "prefix_tuning")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from jaxpeft.core.method import Method
 from jaxpeft.hf.adapterhub.found import Found, at_places
 from jaxpeft.hf.adapterhub.methods import hub_prompt
 from jaxpeft.hf.adapterhub.options import Prompt
 from jaxpeft.hf.adapterhub.piece import AdapterHubFormatError, Context, Piece
 from jaxpeft.hf.adapterhub.places import Place
 from jaxpeft.hf.adapterhub.slots import Stacked
+from jaxpeft.hf.collect import Stage
 
 
 def pieces(part: Prompt, context: Context) -> Iterator[Piece]:
@@ -24,7 +24,7 @@ def pieces(part: Prompt, context: Context) -> Iterator[Piece]:
     yield Piece("encoder:out", method, ())
 
 
-def parts(chosen: Mapping[str, Method], context: Context) -> Iterator[tuple[Prompt, list[Found]]]:
+def parts(chosen: Mapping[str, Stage], context: Context) -> Iterator[tuple[Prompt, list[Found]]]:
     """The configuration of the methods around the encoder, and where they are."""
     places = {"": (Place("encoder", "", 1),)}
     found = at_places(chosen, places, lambda p: (f"{p.path}:in", f"{p.path}:out"), ("hub_prompt",))

@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxpeft.core.transform import Adapter, Tuned
 from jaxpeft.flax import transform
-from jaxpeft.hf.adapterhub import bottlenecks, low_rank, prefixes, prompts, refts
+from jaxpeft.hf.adapterhub import bottlenecks, fusions, low_rank, prefixes, prompts, refts
 from jaxpeft.hf.adapterhub.config import CONFIG, Config, changed, read_config
 from jaxpeft.hf.adapterhub.options import Bottleneck, LowRank, Part, Prefix, Prompt, Reft
 from jaxpeft.hf.adapterhub.piece import AdapterHubFormatError, Context, Piece
@@ -34,19 +34,27 @@ _POOLING = ("sequence-classification", "regression", "image-classification")
 
 
 def load_adapterhub(
-    directory: str | Path, model: Any, *, direft: bool = False
+    directory: str | Path,
+    model: Any,
+    *,
+    fused: Sequence[str | Path] | None = None,
+    direft: bool = False,
 ) -> tuple[Tuned, Adapter]:
     """Reads an adapter that AdapterHub's library `adapters` saved.
 
     Every option of the file is followed or refused, and every tensor of it is used. Bottleneck
-    adapters in all their forms, Compacter, invertible adapters, prefix tuning, LoRA, (IA)^3, and
-    unions of these (Mix-and-Match, UniPELT) compute what the library computes.
+    adapters in all their forms, Compacter, invertible adapters, AdapterFusion, prefix and prompt
+    tuning, LoRA, (IA)^3, ReFT, and unions of these (Mix-and-Match, UniPELT) compute what the
+    library computes. ReFT counts positions among the tokens of `apply`'s `token_mask`; prompts are
+    taken off again, so that outputs have the shapes of the model's own.
 
     Args:
         directory: holds `adapter_config.json` and `adapter.safetensors`, or `pytorch_adapter.bin`,
-            of which only tensors are read and nothing is run.
+            of which only tensors are read and nothing is run; or the files of a fusion.
         model: what the adapter is for, of `jaxpeft.models.load`: BERT, RoBERTa, XLM-RoBERTa,
             DistilBERT, ViT, T5 or mT5.
+        fused: of a fusion, the directories of the adapters that it fuses; by default those of their
+            names, in the directory or beside it.
         direft: the file holds a DiReFT. The library does not write that down, and itself takes such
             a file for a NoReFT, which computes something else.
 
@@ -64,18 +72,31 @@ def load_adapterhub(
         >>> logits = tuned.apply(adapter, params, tokens, mask=mask)  # doctest: +SKIP
     """
     directory = Path(directory)
-    config = read_config(directory / CONFIG)
-    config = _as_direft(config) if direft else config
+    fusion = not (directory / CONFIG).is_file() and (directory / fusions.CONFIG).is_file()
+    path = directory / (fusions.CONFIG if fusion else CONFIG)
+    config = read_config(path)
+    config = changed(config, Reft, {"subtract_projection": False}) if direft else config
+    folders = fusions.folders(directory, config.fused, fused) if fusion else []
+    loaded = [load_adapterhub(folder, model) for folder in folders]
     try:
         context = context_of(model, config.name)
         _check_model(config, context, model)
-        file = File(directory, context.places.prefix)
-        pieces = [*plan(_used(config, file), context)]
+        if fusion:
+            file = File(directory, context.places.prefix, fusions.WEIGHTS, fusions.PICKLED)
+            found = fusions.assemble(config, file, context, model, loaded)
+        else:
+            file = File(directory, context.places.prefix)
+            found = _read(config, file, context, model)
     except AdapterHubFormatError as error:
-        raise AdapterHubFormatError(f"{directory / CONFIG}: {error}") from error
+        raise AdapterHubFormatError(f"{path}: {error}") from error
+    file.check()
+    return found
+
+
+def _read(config: Config, file: File, context: Context, model: Any) -> tuple[Tuned, Adapter]:
+    pieces = [*plan(_used(config, file), context)]
     tuned, shapes = fresh(model, pieces)
     leaves = read_leaves(file, pieces, shapes)
-    file.check()
     return tuned, Adapter({path: nested(found) for path, found in leaves.items()}, shapes.sites)
 
 
@@ -144,7 +165,3 @@ def _used(config: Config, file: File) -> Config:
         return config
     gone = {"inv_adapter": None, "inv_adapter_reduction_factor": None}
     return changed(config, Bottleneck, gone)
-
-
-def _as_direft(config: Config) -> Config:
-    return changed(config, Reft, {"subtract_projection": False})

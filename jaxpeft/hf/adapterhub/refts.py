@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxpeft.core.method import Method
 from jaxpeft.hf.adapterhub.found import Found, at_places, one_group
 from jaxpeft.hf.adapterhub.methods import in_layers
 from jaxpeft.hf.adapterhub.options import Reft
@@ -19,6 +18,7 @@ from jaxpeft.hf.adapterhub.piece import (
     hub_activation,
 )
 from jaxpeft.hf.adapterhub.slots import Rotation, Slot, Stacked, Unused
+from jaxpeft.hf.collect import Stage
 from jaxpeft.methods.reft import direft, loreft, noreft
 
 
@@ -68,7 +68,7 @@ def _unit(part: Reft, path: str, end: str, modules: Sequence[str], i: int) -> It
         yield Stacked(path, f"{end}/rotation", at(modules, f"{projection}.weight"))
 
 
-def parts(chosen: Mapping[str, Method], context: Context) -> Iterator[tuple[Reft, list[Found]]]:
+def parts(chosen: Mapping[str, Stage], context: Context) -> Iterator[tuple[Reft, list[Found]]]:
     """The configuration of the methods at the outputs of layers, and where they are."""
     places = {"": context.places.blocks}
     names = ("loreft", "noreft", "direft")
@@ -88,13 +88,23 @@ def _options(found: Found) -> dict[str, Any]:
     if options["first"] is None:
         raise AdapterHubFormatError(f"{name} at every position of {found.path!r}.")
     act = hub_activation(options["activation"])
+    if name == "direft" and act != "linear":
+        raise AdapterHubFormatError(
+            f"a DiReFT with an activation, at {found.path!r}: the library takes the file of any "
+            "DiReFT for a NoReFT, which can stand for one without."
+        )
     return {
         "prefix_positions": options["first"],
         "suffix_positions": options["last"],
         "r": options["rank"],
         "orthogonality": name == "loreft",
-        "subtract_projection": name != "direft",
         "tied_weights": options["tied"],
         "dropout": options["dropout"],
         "non_linearity": None if act == "linear" else act,
     }
+
+
+def as_noreft(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a DiReFT for a NoReFT that does the same: `W h = (W + R) h - R h`."""
+    return {end: unit | {"source": unit["source"] + unit["rotation"]}
+            for end, unit in leaves.items() if end != "on"}  # fmt: skip
