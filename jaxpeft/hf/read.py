@@ -70,7 +70,7 @@ def load_adapter(
     """
     directory = Path(directory)
     config = read_json(directory / CONFIG)
-    if config.get("peft_type") in KINDS:
+    if str(config.get("peft_type")) in KINDS:
         own = of_names(names, sites, complete=True) if names and sites else of_model(model)
         return read_prompt(directory / WEIGHTS, config, model, own, sites)
     options = read_options(directory / CONFIG)
