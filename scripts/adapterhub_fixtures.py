@@ -83,8 +83,8 @@ def outputs(model: Any, feed: Tensors) -> Tensors:
     """The last hidden state (of T5: the decoder's) and the logits, if the model has any."""
     out = getattr(model, "transformer", model)(**feed, output_hidden_states=True)
     state = (out.get("decoder_hidden_states") or out.hidden_states)[-1]
-    if hasattr(model, "vit"):
-        state = model.vit.layernorm(state)
+    if hasattr(model, "vit"):  # whose list holds states in front of norms and interventions
+        state = model.vit(**feed).last_hidden_state
     found = {"last_hidden_state": state}
     if "logits" in out:
         found["logits"] = out.logits

@@ -1,5 +1,8 @@
-"""Adapter files: Hugging Face PEFT's LoRA format both ways, and a native one for any adapter."""
+"""Adapter files: those of Hugging Face PEFT and of AdapterHub both ways, and a native one."""
 
+from jaxpeft.hf.adapterhub.piece import AdapterHubFormatError as AdapterHubFormatError
+from jaxpeft.hf.adapterhub.read import load_adapterhub as load_adapterhub
+from jaxpeft.hf.adapterhub.write import save_adapterhub as save_adapterhub
 from jaxpeft.hf.collect import PeftFormatError as PeftFormatError
 from jaxpeft.hf.native import load as load
 from jaxpeft.hf.native import save as save
