@@ -197,7 +197,9 @@ def test_published_starts():
         ("zero", 0.02, 0.0),
     ):
         method = bottleneck(50, init=init)
-        leaves = jax.jit(method.init, static_argnums=(1, 2))(jax.random.key(0, impl="unsafe_rbg"), site, None)
+        leaves = jax.jit(method.init, static_argnums=(1, 2))(
+            jax.random.key(0, impl="unsafe_rbg"), site, None
+        )
         leaves = jax.tree.map(np.asarray, leaves)
         assert leaves["down"].shape == leaves["up"].shape == (4, 50, 400)
         np.testing.assert_allclose(leaves["down"].std(), down, rtol=0.02)
