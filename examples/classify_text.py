@@ -1,6 +1,6 @@
 """Nine ways to teach MiniLM what a good movie review is, under one budget, in one table and plot.
 
-    python examples/classify_text.py            # see below
+    python examples/classify_text.py            # a quarter of an hour on two cores
     python examples/classify_text.py --small    # a tiny random model, 20 seconds, no download
 
 Every method gets the same 100 steps of 32 sentences in the same order, and the same new linear head
