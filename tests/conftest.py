@@ -9,9 +9,16 @@ import sys
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-_DEVICES = "--xla_force_host_platform_device_count"
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+# Compiling is what the tests spend their time on: the last two leave out LLVM's work alone, and the
+# arrays that a program makes are decided before it.
+_FLAGS = {"--xla_force_host_platform_device_count": 8}
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    _FLAGS["--xla_backend_optimization_level"] = 0
+    _FLAGS["--xla_llvm_disable_expensive_passes"] = "true"
+_GIVEN = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join(
+    [_GIVEN, *(f"{name}={value}" for name, value in _FLAGS.items() if name not in _GIVEN)]
+).strip()
 
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
