@@ -144,7 +144,13 @@ class Tuned:
         prefix = max((virtual.length for virtual in found if virtual.rows is None), default=0)
         return prefix + sum(virtual.length for virtual in found if virtual.rows is not None)
 
-    def merge(self, adapter: Adapter, params: Any) -> Any:
+    def merge(
+        self,
+        adapter: Adapter,
+        params: Any,
+        *,
+        store: Callable[[str, Any], Any] = lambda path, weight: dense(weight),
+    ) -> Any:
         """Plain params for the plain model, with the adapter baked in.
 
         Sums are made in float32 and rounded once to the dtype of the base: with a bfloat16 base the
@@ -153,6 +159,9 @@ class Tuned:
         Args:
             adapter: the adapter.
             params: the params that it was made for.
+            store: `(path, weight) -> leaf`, called with one leaf after the other. `weight` is an
+                array, or a structured weight that nothing has made dense yet, as this does by
+                default. `jaxpeft.quant.merge` packs it.
 
         Returns:
             A tree like `params`, of arrays.
@@ -168,7 +177,8 @@ class Tuned:
                     "Serve it with `apply`, or drop it from the rules before `merge`."
                 )
         weights = self._weights(chosen, adapter, params, None)
-        return jax.tree.map(dense, weights, is_leaf=lambda x: isinstance(x, Structured))
+        pairs, tree = leaves_with_paths(weights, is_leaf=_is_structured)
+        return tree.unflatten([store(path, weight) for path, weight in pairs])
 
     def trainable(self, adapter: Adapter) -> Adapter:
         """A mask over the adapter, False at parts that stay fixed; for `optax.masked`."""

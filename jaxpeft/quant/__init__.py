@@ -9,6 +9,8 @@ from jaxpeft.quant.formats import llm_int8 as llm_int8
 from jaxpeft.quant.formats import mxfp4 as mxfp4
 from jaxpeft.quant.formats import nf4 as nf4
 from jaxpeft.quant.formats import nvfp4 as nvfp4
+from jaxpeft.quant.merge import Merged as Merged
+from jaxpeft.quant.merge import merge as merge
 from jaxpeft.quant.quantize import quantize as quantize
 from jaxpeft.quant.weight import QuantizedWeight as QuantizedWeight
 from jaxpeft.quant.weight import wrap as wrap

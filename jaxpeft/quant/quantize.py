@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxpeft.core.rules import Rules, compile_pattern, unmatched
 from jaxpeft.core.site import Site
 from jaxpeft.core.structured import Structured
+from jaxpeft.core.transform import site_key, typed_key
 from jaxpeft.core.tree import leaves_with_paths
 from jaxpeft.quant import formats
 from jaxpeft.quant.formats import Format
@@ -28,6 +30,7 @@ def quantize(
     sites: Sequence[Site] | None = None,
     dtype: DTypeLike | None = None,
     compute: str = "auto",
+    key: jax.Array | None = None,
 ) -> Any:
     """Params with quantized structured weights: every method and model runs on them unchanged.
 
@@ -45,13 +48,15 @@ def quantize(
         compute: how products unpack the weight: "xla"; "pallas", fused kernels (GPU and TPU);
             "interpret", the kernels run by the interpreter, for tests; "auto", the fastest of the
             first two that applies.
+        key: a PRNG key for stochastic rounding, of `int8` and `int4` alone: each code is one of the
+            two next to the weight, and right on average. To the nearest when absent.
 
     Returns:
         A tree like `params`, where weights that a rule matches are `QuantizedWeight`s.
 
     Raises:
-        ValueError: if a rule matches nothing, a weight is not finite, or a block does not divide
-            its input axis.
+        ValueError: if a rule matches nothing, a weight is not finite, a block does not divide its
+            input axis, or a key is given to a format that has no stochastic rounding.
         TypeError: if `rules` holds something that is no format.
 
     Example:
@@ -68,13 +73,14 @@ def quantize(
         raise ValueError(f"compute={compute!r} is none of {COMPUTE}.")
     by_path = {site.path: site for site in sites or ()}
     pairs, tree = leaves_with_paths(params, is_leaf=lambda x: isinstance(x, Structured))
-    chosen = _chosen(rules, pairs, by_path)
+    chosen = choose(rules, pairs, by_path)
 
     def packed(path: str, leaf: Any) -> Any:
         if path not in chosen:
             return leaf
+        axes, own = axes_of(leaf.shape, by_path.get(path)), key_at(key, path)
         try:
-            return pack(leaf, chosen[path], site=by_path.get(path), dtype=dtype, compute=compute)
+            return pack(leaf, chosen[path], axes, dtype=dtype, compute=compute, key=own)
         except ValueError as error:
             raise ValueError(f"{path!r} of shape {leaf.shape}: {error}") from error
 
@@ -84,16 +90,20 @@ def quantize(
 def pack(
     weight: Any,
     fmt: Format,
+    axes: Axes,
     *,
-    site: Site | None = None,
     dtype: DTypeLike | None = None,
     compute: str = "auto",
+    key: jax.Array | None = None,
 ) -> QuantizedWeight:
     """One weight, quantized; see `quantize`."""
-    axes = axes_of(weight.shape, site)
-    canonical = _canonical(jnp.asarray(weight), axes)
-    arrays = formats.quantize(canonical, fmt)
+    arrays = formats.quantize(canonical(jnp.asarray(weight), axes), fmt, key=key)
     return wrap(arrays, fmt, weight.shape, axes=axes, dtype=dtype or weight.dtype, compute=compute)
+
+
+def key_at(key: jax.Array | None, path: str) -> jax.Array | None:
+    """A key of its own for the weight at a path."""
+    return None if key is None else site_key(typed_key(key), path)
 
 
 def axes_of(shape: Sequence[int], site: Site | None) -> Axes:
@@ -104,17 +114,16 @@ def axes_of(shape: Sequence[int], site: Site | None) -> Axes:
     return tuple(range(n - 2)), (n - 2,), (n - 1,)
 
 
-def _canonical(weight: jax.Array, axes: Axes) -> jax.Array:
+def canonical(weight: jax.Array, axes: Axes) -> jax.Array:
+    """The weight as `(*stack, in, out)`."""
     stack, ins, outs = axes
     moved = weight.transpose((*stack, *ins, *outs))
-    first = moved.shape[: len(stack)]
-    size = 1
-    for axis in ins:
-        size *= weight.shape[axis]
-    return moved.reshape((*first, size, -1))
+    size = math.prod(weight.shape[axis] for axis in ins)
+    return moved.reshape((*moved.shape[: len(stack)], size, -1))
 
 
-def _chosen(rules: Any, pairs: Any, sites: Mapping[str, Site]) -> dict[str, Format]:
+def choose(rules: Any, pairs: Any, sites: Mapping[str, Site]) -> dict[str, Format]:
+    """The format of each weight that is to be packed, by path."""
     if isinstance(rules, Format):
         return {path: rules for path, leaf in pairs if _usual(path, leaf, rules, sites.get(path))}
     if not isinstance(rules, Rules):
@@ -149,11 +158,14 @@ def _usual(path: str, leaf: Any, fmt: Format, site: Site | None) -> bool:
 
 
 def _fits(shape: Sequence[int], fmt: Format, site: Site | None) -> bool:
-    canonical = jax.eval_shape(
-        lambda w: _canonical(w, axes_of(shape, site)), jax.ShapeDtypeStruct(shape, "float32")
-    )
+    stack, ins, outs = ([shape[axis] for axis in group] for group in axes_of(shape, site))
+    return whole_blocks((*stack, math.prod(ins), math.prod(outs)), fmt)
+
+
+def whole_blocks(shape: tuple[int, ...], fmt: Format) -> bool:
+    """Whether a weight `(*stack, in, out)` has whole blocks of a format."""
     try:
-        fmt.layout(canonical.shape)
+        fmt.layout(shape)
     except ValueError:
         return False
     return True

@@ -59,6 +59,13 @@ class QuantizedWeight(Structured):
         return (*(size[label] for label in stack), *sizes)
 
     @property
+    def axes(self) -> tuple[Labels, Labels, Labels]:
+        """The axes of the weight, as it stands in a params tree, that are stack, input, output."""
+        at = {label: i for i, axis in enumerate(self.layout.axes) for label in axis}
+        stack, ins, outs = (tuple(at[label] for label in group) for group in self.groups)
+        return stack, ins, outs
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed arrays."""
         return sum(array.size * array.dtype.itemsize for array in self.packed.values())
@@ -68,11 +75,11 @@ class QuantizedWeight(Structured):
         return not self.tail
 
     def materialize(self, dtype: DTypeLike | None = None) -> Array:
-        return self.unpack(self.packed).astype(dtype or self.dtype)
+        return self.unpack(self.packed, dtype)
 
-    def unpack(self, packed: Mapping[str, Array]) -> Array:
-        """The dense array that these packed arrays stand for, in this weight's dtype and views."""
-        matrix = _decode(dict(packed), self.format, self.dtype)
+    def unpack(self, packed: Mapping[str, Array], dtype: DTypeLike | None = None) -> Array:
+        """The dense array that these packed arrays stand for, in this weight's views."""
+        matrix = _decode(dict(packed), self.format, jnp.dtype(dtype or self.dtype))
         labels = [label for group in self.groups for label in group]
         size = self.layout.size
         wanted = [label for axis in self.layout.axes for label in axis]

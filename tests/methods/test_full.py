@@ -52,3 +52,12 @@ def test_shapes_alone_are_not_enough_to_start_from():
         tuned.init(jax.random.key(0), shapes, X)
     abstract = jax.eval_shape(tuned.init, jax.random.key(0), shapes, X)
     assert abstract["w"]["value"].shape == (5, 7)
+
+
+def test_a_quantized_weight_cannot_be_trained_itself():
+    params = jp.quantize({"w": jnp.ones((64, 8)), "scale": jnp.ones(8)}, jp.quant.nf4())
+    model = lambda p, x: x @ p["w"] * p["scale"]  # noqa: E731
+    with pytest.raises(ValueError, match=r"'w' is quantized.*lora\(\) or ia3\(\)"):
+        jp.transform(model, jp.full()).init(jax.random.key(0), params, jnp.ones((2, 64)))
+    beside = jp.transform(model, jp.rules(("scale", jp.full())))
+    assert list(beside.init(jax.random.key(0), params, jnp.ones((2, 64)))) == ["scale"]

@@ -189,9 +189,10 @@ def check_layout(packed: Mapping[str, Any], fmt: Format, shape: Shape) -> None:
 
 def _check_finite(name: str, array: Array, fix: str) -> None:
     """Refuses NaN and infinity, unless the values are not known yet, as under `jit`."""
-    if isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct):
+    if isinstance(array, jax.ShapeDtypeStruct):
         return
-    if bad := int(np.sum(~np.isfinite(array)) if isinstance(array, np.ndarray) else _bad(array)):
+    bad = np.sum(~np.isfinite(array)) if isinstance(array, np.ndarray) else _bad(array)
+    if not isinstance(bad, jax.core.Tracer) and bad:
         raise ValueError(f"{name!r} has {bad} of {array.size} entries that are not finite. {fix}")
 
 

@@ -1,0 +1,150 @@
+"""`merge`: an adapter baked into weights that are packed again, one leaf after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpeft.core.adapter import Adapter
+from jaxpeft.core.site import Site
+from jaxpeft.core.structured import Structured, dense, unstack
+from jaxpeft.core.transform import Tuned
+from jaxpeft.core.tree import leaves_with_paths
+from jaxpeft.quant import formats
+from jaxpeft.quant.formats import Error, Format, Packed
+from jaxpeft.quant.quantize import Axes, axes_of, canonical, choose, key_at, whole_blocks
+from jaxpeft.quant.weight import QuantizedWeight, wrap
+
+
+class Merged(NamedTuple):
+    """What `merge` returns.
+
+    Attributes:
+        params: plain params, quantized where that was asked for.
+        errors: by path, how far each weight that was packed is from the exact merged one.
+    """
+
+    params: Any
+    errors: dict[str, Error]
+
+
+def merge(
+    tuned: Tuned,
+    adapter: Adapter,
+    params: Any,
+    rules: Any = None,
+    *,
+    sites: Sequence[Site] | None = None,
+    key: jax.Array | None = None,
+) -> Merged:
+    """Params with the adapter baked in and quantized again: `W' = pack(W + update)`.
+
+    One leaf, and of a stack one layer, is dense at a time. Weights that the adapter leaves alone
+    and whose format stays are not touched.
+
+    Args:
+        tuned: the tuned model.
+        adapter: the adapter.
+        params: the params that it was made for, dense or quantized.
+        rules: what to pack the merged weights as. By default each gets the format that it had, and
+            dense ones stay dense. A format, or `rules((pattern, format), ...)`, is understood as by
+            `jaxpeft.quantize`; a bare format also takes every quantized weight with whole blocks.
+        sites: as for `jaxpeft.quantize`, for weights that are dense in `params`.
+        key: a PRNG key for stochastic rounding, where formats have it.
+
+    Returns:
+        `Merged(params, errors)`. An error is `(rms, max_relative)` of the packed weight against the
+        exact merged one; of a stack the latter is the largest of its layers.
+
+    Raises:
+        ValueError: as `tuned.merge` and `jaxpeft.quantize`.
+
+    Example:
+        >>> import jaxpeft as jp
+        >>> packed = jp.quantize({"w": jnp.ones((64, 8))}, jp.quant.nf4())
+        >>> tuned = jp.transform(lambda p, x: x @ p["w"], jp.lora(2))
+        >>> adapter = tuned.init(jax.random.key(0), packed, jnp.ones((1, 64)))
+        >>> merged, errors = jp.quant.merge(tuned, adapter, packed, jp.quant.int8())
+        >>> merged["w"].format.name, float(errors["w"].max_relative) < 0.01
+        ('int8', True)
+    """
+    by_path = {site.path: site for site in sites or ()}
+    pairs, _ = leaves_with_paths(params, is_leaf=lambda x: isinstance(x, Structured))
+    wanted, bases = _wanted(rules, pairs, by_path), dict(pairs)
+    errors: dict[str, Error] = {}
+
+    def store(path: str, weight: Any) -> Any:
+        base = bases[path]
+        if path not in wanted:
+            return dense(weight)
+        if weight is base and isinstance(base, QuantizedWeight) and base.format == wanted[path]:
+            return base
+        axes = axes_of(base.shape, by_path.get(path))
+        try:
+            stored, errors[path] = repack(weight, base, wanted[path], axes, key_at(key, path))
+        except ValueError as error:
+            raise ValueError(f"{path!r} of shape {weight.shape}: {error}") from error
+        return stored
+
+    return Merged(tuned.merge(adapter, params, store=store), errors)
+
+
+def _wanted(rules: Any, pairs: Any, sites: Mapping[str, Site]) -> dict[str, Format]:
+    """The format of each merged weight that is to be packed, by path."""
+    quantized = {path: leaf for path, leaf in pairs if isinstance(leaf, QuantizedWeight)}
+    own = {path: leaf.format for path, leaf in quantized.items()}
+    if rules is None:
+        return own
+    shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in pairs}
+    if not isinstance(rules, Format):
+        return choose(rules, list(shapes.items()), sites)
+    fitting = (path for path, leaf in quantized.items() if whole_blocks(leaf.packed_shape, rules))
+    rest = [(path, shape) for path, shape in shapes.items() if path not in own]
+    return own | dict.fromkeys(fitting, rules) | choose(rules, rest, sites)
+
+
+def repack(
+    weight: Any, base: Any, fmt: Format, axes: Axes, key: jax.Array | None = None
+) -> tuple[QuantizedWeight, Error]:
+    """A weight in the place of `base`, packed, and its error.
+
+    Args:
+        weight: an array or a structured weight.
+        base: the leaf of the params, whose options a quantized one hands on.
+        fmt: the format.
+        axes: stack, input and output axes of a dense `base`; a quantized one knows its own.
+        key: for stochastic rounding.
+    """
+    compute = "auto"
+    if isinstance(base, QuantizedWeight):
+        axes, compute = base.axes, base.compute
+    packed, error = _packed(weight, fmt, axes, key)
+    if not isinstance(error.rms, jax.core.Tracer) and not jnp.isfinite(error.rms):
+        raise ValueError("the merged weight is not finite. Find the step that made it so.")
+    return wrap(packed, fmt, base.shape, axes=axes, dtype=base.dtype, compute=compute), error
+
+
+def _packed(weight: Any, fmt: Format, axes: Axes, key: jax.Array | None) -> tuple[Packed, Error]:
+    """Packed arrays and their error, one layer of a stack after the other."""
+    stack, ins, outs = axes
+    halves = unstack(weight) if stack[:1] == (0,) else None
+    if halves is None:
+        matrix = canonical(dense(weight, jnp.float32), axes)
+        packed = formats.quantize(matrix, fmt, key=key)
+        return packed, formats.error(matrix, packed, fmt)
+    arrays, layer = halves
+    inner = (_before(stack[1:]), _before(ins), _before(outs))
+    keys = None if key is None else jax.random.split(key, weight.shape[0])
+    packed, errors = lax.map(
+        lambda part: _packed(layer(part[0]), fmt, inner, part[1]), (arrays, keys)
+    )
+    rms = jnp.sqrt(jnp.mean(errors.rms**2))
+    return packed, Error(rms, jnp.max(errors.max_relative))
+
+
+def _before(axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(axis - 1 for axis in axes)
