@@ -34,7 +34,7 @@ class Options:
         learning_rate: at its peak.
         schedule: how the learning rate falls after the warmup.
         warmup: steps over which the learning rate rises from 0.
-        optimizer: the update rule.
+        optimizer: the update rule; adamw8bit keeps AdamW's state in bytes.
         weight_decay: decoupled, multiplied by the learning rate.
         clip_norm: largest norm of the gradient; 0 for no limit.
         batch_size: examples in a step.
@@ -64,7 +64,7 @@ class Options:
     learning_rate: float = 5e-4
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: int = 0
-    optimizer: Literal["adamw", "lion", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "lion", "sgd"] = "adamw"
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     batch_size: int = 8

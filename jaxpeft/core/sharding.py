@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
@@ -70,6 +71,36 @@ def like(x: jax.Array, other: jax.Array) -> jax.Array:
     if wanted is None or (now is not None and now.spec == wanted.spec):
         return x
     return jax.sharding.reshard(x, wanted)
+
+
+def spread(x: jax.Array, shape: Sequence[int]) -> NamedSharding | None:
+    """The sharding of `x`, where it is known, for an array of `shape` with axes like those of `x`.
+
+    Axes that do not divide, or that only one of the two has, are whole.
+    """
+    sharding = explicit(x) or getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return None
+    names = (*sharding.spec, *[None] * len(shape))
+    split = zip(names, shape, strict=False)
+    return placed(
+        sharding.mesh, [n if size % _ways(sharding, n) == 0 else None for n, size in split]
+    )
+
+
+def automatic(f: Callable[..., Any], out: Any, *args: Any) -> Any:
+    """`f(*args)`, where the compiler places what lies between, on explicit meshes too.
+
+    `out` are the shardings of the results there, of the structure of the results.
+    """
+    if not any(explicit(x) for x in jax.tree.leaves(args)):
+        return f(*args)
+    return jax.sharding.auto_axes(f, out_sharding=out)(*args)
+
+
+def alike(x: jax.Array, other: jax.Array) -> jax.Array:
+    """`x` placed as `other`, of the same shape: by type, or by the compiler on auto meshes."""
+    return like(x, other) if explicit(other) else shard_alike(x, other)[0]
 
 
 def place(x: jax.Array, sharding: NamedSharding, entries: Sequence[Any]) -> jax.Array:

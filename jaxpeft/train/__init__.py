@@ -1,5 +1,7 @@
 """Training: loss, step, optimizers, data, loop, checkpoints, plots."""
 
+from jaxpeft.train.adam8bit import adam8bit as adam8bit
+from jaxpeft.train.adam8bit import scale_by_adam8bit as scale_by_adam8bit
 from jaxpeft.train.batches import Batch as Batch
 from jaxpeft.train.batches import Batches as Batches
 from jaxpeft.train.batches import Example as Example

@@ -5,6 +5,8 @@ from types import MappingProxyType
 
 import optax
 
+from jaxpeft.train.adam8bit import adam8bit
+
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -57,7 +59,7 @@ def _sgd(rate: optax.ScalarOrSchedule, *, weight_decay: float) -> optax.Gradient
 
 
 OPTIMIZERS: Mapping[str, Callable[..., optax.GradientTransformation]] = MappingProxyType(
-    {"adamw": optax.adamw, "lion": optax.lion, "sgd": _sgd}
+    {"adamw": optax.adamw, "adamw8bit": adam8bit, "lion": optax.lion, "sgd": _sgd}
 )
 """Name -> `(learning_rate, *, weight_decay) -> optax.GradientTransformation`."""
 

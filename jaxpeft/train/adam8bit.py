@@ -1,0 +1,229 @@
+r"""Adam whose two moments are bytes: block-wise 8-bit optimizer state.
+
+    m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
+    u = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+
+in float32. Between steps a moment is `table[code] * absmax`, with one absmax for each block of 256
+elements in row-major order.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxpeft.core.sharding import alike, automatic, place, spread
+from jaxpeft.quant.formats.dynamic import BLOCK, decode_dynamic, dynamic_table, encode_dynamic
+
+Array = jax.Array
+MIN_SIZE = 4096
+
+
+class Moment(NamedTuple):
+    """A moment in bytes.
+
+    Attributes:
+      codes: uint8, of the shape and the sharding of the leaf.
+      absmax: float32, the largest magnitude of each block: `(..., n / 256)` for a leaf `(..., n)`
+        whose last axis is whole blocks, `(blocks,)` for others.
+    """
+
+    codes: Any
+    absmax: Any
+
+
+class ScaleByAdam8bitState(NamedTuple):
+    """State of `scale_by_adam8bit`.
+
+    Attributes:
+      count: int32 scalar, updates made.
+      mu: first moments, a `Moment` in place of each leaf, or float32 in place of a small one.
+      nu: second moments, likewise.
+    """
+
+    count: Array  # type: ignore[assignment]
+    mu: Any
+    nu: Any
+
+
+def scale_by_adam8bit(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, min_size: int = MIN_SIZE
+) -> optax.GradientTransformation:
+    """Adam's direction from moments that are kept in 8 bits: 2.03 bytes a parameter, not 8.
+
+    The moments of a step are unpacked, updated and used in float32, and then rounded to the nearest
+    of 256 values of the dynamic map (signed for `m`, unsigned for `v`), as bitsandbytes does.
+    Updates are float32, also for leaves of a narrower dtype.
+
+    Args:
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      min_size: leaves of fewer elements keep float32 moments.
+
+    Returns:
+      An optax transformation.
+
+    Raises:
+      ValueError: if a decay is not in `[0, 1)`, or `eps` or `min_size` is negative.
+
+    Example:
+      >>> params = {"w": jnp.ones((32, 256)), "b": jnp.ones(8)}
+      >>> state = scale_by_adam8bit().init(params)
+      >>> state.mu["w"].codes.dtype, state.mu["w"].absmax.shape, state.mu["b"].dtype
+      (dtype('uint8'), (32, 1), dtype('float32'))
+
+    Reference:
+      Dettmers et al. 2021, arXiv:2110.02861; Kingma and Ba 2014, arXiv:1412.6980.
+    """
+    _check(b1, b2, eps, min_size)
+
+    def init(params: Any) -> ScaleByAdam8bitState:
+        def fresh(signed: bool) -> Any:
+            return jax.tree.map(lambda x: _fresh(x, signed, min_size), params)
+
+        return ScaleByAdam8bitState(jnp.zeros((), jnp.int32), fresh(True), fresh(False))
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        del params
+        count = optax.safe_increment(state.count)
+        step = functools.partial(_leaf, count=count, b1=b1, b2=b2, eps=eps)
+        found = jax.tree.map(step, updates, state.mu, state.nu)
+        # Each leaf has become (direction, mu, nu): take them apart.
+        steps, mu, nu = (
+            jax.tree.map(lambda _, parts, i=i: parts[i], updates, found) for i in range(3)
+        )
+        return steps, ScaleByAdam8bitState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def adam8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    min_size: int = MIN_SIZE,
+) -> optax.GradientTransformation:
+    """Adam, or AdamW with `weight_decay`, with 8-bit state; see `scale_by_adam8bit`.
+
+    Args:
+      learning_rate: a number, or a schedule.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: decoupled, multiplied by the learning rate.
+      mask: which leaves decay, as for `optax.adamw`.
+      min_size: leaves of fewer elements keep float32 moments.
+
+    Returns:
+      An optax transformation.
+
+    Raises:
+      ValueError: as `scale_by_adam8bit`.
+
+    Example:
+      >>> optimizer, x = adam8bit(0.5, min_size=0), jnp.array([3.0, -4.0])
+      >>> updates, state = optimizer.update(x, optimizer.init(x), x)
+      >>> [round(float(u), 3) for u in updates]
+      [-0.5, 0.5]
+
+    Reference:
+      Dettmers et al. 2021, arXiv:2110.02861.
+    """
+    return optax.chain(
+        scale_by_adam8bit(b1, b2, eps, min_size=min_size),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _check(b1: float, b2: float, eps: float, min_size: int) -> None:
+    for name, decay in (("b1", b1), ("b2", b2)):
+        if not 0 <= decay < 1:
+            raise ValueError(f"{name}={decay} is no decay. Use a number from 0 to below 1.")
+    if eps < 0 or min_size < 0:
+        raise ValueError(f"eps={eps} and min_size={min_size}: neither can be negative.")
+
+
+def _fresh(x: Array, signed: bool, min_size: int) -> Moment | Array:
+    if x.size < min_size:
+        return jnp.zeros_like(x, jnp.float32)
+    zero = np.searchsorted(dynamic_table(signed), 0)
+    absmax, sharding = jnp.zeros(_blocks(x.shape)), _shardings(x).absmax
+    absmax = absmax if sharding is None else place(absmax, sharding, sharding.spec)
+    return Moment(jnp.full_like(x, zero, jnp.uint8), absmax)
+
+
+def _leaf(g: Array, mu: Any, nu: Any, *, count: Array, b1: float, b2: float, eps: float) -> Any:
+    """The direction and the two moments of one leaf after a step."""
+    small = not isinstance(mu, Moment)
+
+    def step(g: Array, mu: Any, nu: Any, count: Array) -> Any:
+        g = g.astype(jnp.float32)
+        m = b1 * _decode(mu, True) + (1 - b1) * g
+        v = b2 * _decode(nu, False) + (1 - b2) * (g * g)
+        u = m / _bias(b1, count) / (jnp.sqrt(v / _bias(b2, count)) + eps)
+        return (u, m, v) if small else (u, _encode(m, True), _encode(v, False))
+
+    kept = spread(g, g.shape) if small else _shardings(g)
+    u, m, v = automatic(step, (spread(g, g.shape), kept, kept), g, mu, nu, count)
+    if small:
+        return u, m, v
+    return u, m._replace(codes=alike(m.codes, g)), v._replace(codes=alike(v.codes, g))
+
+
+def _bias(decay: float, count: Array) -> Array:
+    """`1 - decay^count`; the power is so close to 1 at first that the difference loses digits."""
+    return -jnp.expm1(count.astype(jnp.float32) * math.log(decay)) if decay else jnp.ones(())
+
+
+def _shardings(x: Array) -> Moment:
+    absmax = _blocks(x.shape) if _whole(x.shape) else ()
+    return Moment(spread(x, x.shape), spread(x, absmax))
+
+
+def _whole(shape: Sequence[int]) -> bool:
+    """Whether blocks end where the last axis does, so that leading axes may stay."""
+    return bool(shape) and shape[-1] % BLOCK == 0
+
+
+def _blocks(shape: Sequence[int]) -> tuple[int, ...]:
+    return (*shape[:-1], shape[-1] // BLOCK) if _whole(shape) else (-(-math.prod(shape) // BLOCK),)
+
+
+def _blocked(x: Array) -> Array:
+    """Blocks of 256 in row-major order, `(..., n / 256, 256)`; zeros fill up the last one."""
+    if _whole(x.shape):
+        return x.reshape(*x.shape[:-1], -1, BLOCK)
+    flat = x.reshape(-1)
+    return jnp.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
+
+
+def _unblocked(x: Array, shape: Sequence[int]) -> Array:
+    if _whole(shape):
+        return x.reshape(shape)
+    return x.reshape(-1)[: math.prod(shape)].reshape(shape)
+
+
+def _encode(x: Array, signed: bool) -> Moment:
+    codes, absmax = encode_dynamic(_blocked(x), signed=signed)
+    return Moment(_unblocked(codes, x.shape), absmax)
+
+
+def _decode(moment: Moment | Array, signed: bool) -> Array:
+    if not isinstance(moment, Moment):
+        return moment
+    codes, absmax = moment
+    values = decode_dynamic(_blocked(codes), absmax[..., None], signed=signed)
+    return _unblocked(values, codes.shape)
