@@ -64,6 +64,7 @@ from jaxpeft.methods.phm import phm as phm
 from jaxpeft.methods.prefix import flat_prefix as flat_prefix
 from jaxpeft.methods.prefix import prefix_tuning as prefix_tuning
 from jaxpeft.methods.prompt import prompt_tuning as prompt_tuning
+from jaxpeft.methods.qalora import qalora as qalora
 from jaxpeft.methods.reft import direft as direft
 from jaxpeft.methods.reft import loreft as loreft
 from jaxpeft.methods.reft import noreft as noreft

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from jaxpeft.core.structured import Structured, dense, unstack
 from jaxpeft.core.transform import Tuned
 from jaxpeft.core.tree import leaves_with_paths
 from jaxpeft.quant import formats
+from jaxpeft.quant.absorb import absorb
 from jaxpeft.quant.formats import Error, Format, Packed
 from jaxpeft.quant.quantize import Axes, axes_of, canonical, choose, key_at, whole_blocks
 from jaxpeft.quant.weight import QuantizedWeight, wrap
@@ -44,7 +45,8 @@ def merge(
     """Params with the adapter baked in and quantized again: `W' = pack(W + update)`.
 
     One leaf, and of a stack one layer, is dense at a time. Weights that the adapter leaves alone
-    and whose format stays are not touched.
+    and whose format stays are not touched. Updates that are the same all over the blocks of an
+    integer format (`jaxpeft.qalora`) are taken in by its zero points, which become float32.
 
     Args:
         tuned: the tuned model.
@@ -83,6 +85,10 @@ def merge(
             return dense(weight)
         if weight is base and isinstance(base, QuantizedWeight) and base.format == wanted[path]:
             return base
+        moved = absorb(weight, base)
+        if moved is not None and (rules is None or wanted[path] == moved.format):
+            errors[path] = _error_of(weight, moved)
+            return moved
         axes = axes_of(base.shape, by_path.get(path))
         try:
             stored, errors[path] = repack(weight, base, wanted[path], axes, key_at(key, path))
@@ -122,28 +128,45 @@ def repack(
     compute = "auto"
     if isinstance(base, QuantizedWeight):
         axes, compute = base.axes, base.compute
-    packed, error = _packed(weight, fmt, axes, key)
+    layers = [n for i, n in enumerate(base.shape) if axes[0][i : i + 1] == (i,)]
+    keys = key if key is None else jax.random.split(key, tuple(layers)) if layers else key
+    packed, error = _each(_pack(fmt), weight, axes, keys)
     if not isinstance(error.rms, jax.core.Tracer) and not jnp.isfinite(error.rms):
         raise ValueError("the merged weight is not finite. Find the step that made it so.")
     return wrap(packed, fmt, base.shape, axes=axes, dtype=base.dtype, compute=compute), error
 
 
-def _packed(weight: Any, fmt: Format, axes: Axes, key: jax.Array | None) -> tuple[Packed, Error]:
-    """Packed arrays and their error, one layer of a stack after the other."""
+def _pack(fmt: Format) -> Callable[[jax.Array, Any], tuple[Packed, Error]]:
+    def pack(matrix: jax.Array, key: Any) -> tuple[Packed, Error]:
+        packed = formats.quantize(matrix, fmt, key=key)
+        return packed, formats.error(matrix, packed, fmt)
+
+    return pack
+
+
+def _error_of(weight: Any, stored: QuantizedWeight) -> Error:
+    def of_layer(matrix: jax.Array, packed: Packed) -> tuple[None, Error]:
+        return None, formats.error(matrix, packed, stored.format)
+
+    return _each(of_layer, weight, stored.axes, stored.packed)[1]
+
+
+def _each(
+    f: Callable[[jax.Array, Any], tuple[Any, Error]], weight: Any, axes: Axes, given: Any
+) -> tuple[Any, Error]:
+    """`f(matrix, given)` of the dense weight `(*stack, in, out)`, one layer after the other.
+
+    Layers are slices of a stack axis that stands in front, and `given` has one entry for each.
+    """
     stack, ins, outs = axes
     halves = unstack(weight) if stack[:1] == (0,) else None
     if halves is None:
-        matrix = canonical(dense(weight, jnp.float32), axes)
-        packed = formats.quantize(matrix, fmt, key=key)
-        return packed, formats.error(matrix, packed, fmt)
+        return f(canonical(dense(weight, jnp.float32), axes), given)
     arrays, layer = halves
     inner = (_before(stack[1:]), _before(ins), _before(outs))
-    keys = None if key is None else jax.random.split(key, weight.shape[0])
-    packed, errors = lax.map(
-        lambda part: _packed(layer(part[0]), fmt, inner, part[1]), (arrays, keys)
-    )
+    found, errors = lax.map(lambda part: _each(f, layer(part[0]), inner, part[1]), (arrays, given))
     rms = jnp.sqrt(jnp.mean(errors.rms**2))
-    return packed, Error(rms, jnp.max(errors.max_relative))
+    return found, Error(rms, jnp.max(errors.max_relative))
 
 
 def _before(axes: tuple[int, ...]) -> tuple[int, ...]:

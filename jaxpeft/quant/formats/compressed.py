@@ -16,7 +16,7 @@ from jaxpeft.quant.formats.base import Quantized, Shape, check
 from jaxpeft.quant.formats.blocks import pack_nibbles
 from jaxpeft.quant.formats.float8 import Float8, from_fp8, to_fp8
 from jaxpeft.quant.formats.fp4_files import from_mxfp4, from_nvfp4, to_fp4
-from jaxpeft.quant.formats.integer import Int4, Int8, Integer
+from jaxpeft.quant.formats.integer import Int4, Int8, Integer, check_codes
 from jaxpeft.quant.formats.micro import MXFP4, NVFP4
 from jaxpeft.quant.formats.words import named, pack_words, unpack_words, words_of
 
@@ -57,7 +57,7 @@ def from_compressed_tensors(
         >>> arrays = {"weight": np.ones((3, 8), np.int8), "weight_scale": np.ones((3, 1), "f")}
         >>> weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
         >>> from_compressed_tensors(arrays, weights, "int-quantized").format
-        Int8(block=None, symmetric=True, scale='float32', indexed=False)
+        Int8(block=None, symmetric=True, scale='float32', indexed=False, zero='uint8')
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is not known. Use one of: {', '.join(FORMATS)}.")
@@ -183,6 +183,7 @@ def _ours(codes: np.ndarray, fmt: Integer) -> np.ndarray:
 def _to_integers(weight: Quantized, fmt: Integer) -> Compressed:
     packed, _, shape = weight
     check(packed, fmt, shape)
+    check_codes(fmt)
     scale = np.ascontiguousarray(np.asarray(packed["scale"]).T)
     arrays: Arrays = {"weight_scale": scale}
     codes = np.asarray(packed["codes"]).T

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxpeft.quant.formats.base import Quantized, check
 from jaxpeft.quant.formats.blocks import pack_nibbles
-from jaxpeft.quant.formats.integer import Int4
+from jaxpeft.quant.formats.integer import Int4, check_codes
 from jaxpeft.quant.formats.words import named, pack_words, unpack_words, words_of
 
 Arrays = dict[str, np.ndarray]
@@ -190,6 +190,7 @@ def _parts(weight: Quantized) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
     if not isinstance(fmt, Int4) or len(shape) != 2:
         raise ValueError(f"{fmt} of shape {shape} is no int4 matrix. Give one layer's.")
     check(packed, fmt, shape)
+    check_codes(fmt)
     halves, scales = np.asarray(packed["codes"]), np.asarray(packed["scale"])
     codes = np.stack([halves & 15, halves >> 4], axis=1).reshape(shape)
     zero = np.full(scales.shape, _MIDDLE, np.uint8)

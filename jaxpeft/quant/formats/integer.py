@@ -6,7 +6,8 @@ r"""Integers of 8 and 4 bits with a scale for each block of inputs and each outp
     int8 scale = max|W| / 127    int4 scale = max|W| / 7.5    asymmetric (max W - min W) / (2^b - 1)
 
 4-bit codes are stored as 0..15 either way, with an implied zero of 8 when symmetric. Rows of the
-weight belong to blocks in order, or by a list of indices (GPTQ's activation order).
+weight belong to blocks in order, or by a list of indices (GPTQ's activation order). Zero points
+are codes in files; float32 ones come of adding to a block what is the same for all of it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from jaxpeft.quant.formats.base import Format, Layout, Packed, Shape, spec, spli
 Array = jax.Array
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
 SCALES = ("float32", "float16", "bfloat16")
+ZEROS = ("uint8", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +34,15 @@ class Integer(Format):
     """Integers, a scale for each block, and a zero point for each block unless symmetric.
 
     `block` None is one scale for each output. `indexed` adds a row of block indices; weights that
-    are quantized here are never indexed, those of a file may be.
+    are quantized here are never indexed, those of a file may be. `zero` is the dtype of zero
+    points, see `shifted`.
     """
 
     block: int | None
     symmetric: bool
     scale: str = "float32"
     indexed: bool = False
+    zero: str = "uint8"
 
     bits: ClassVar[int]
 
@@ -50,6 +54,8 @@ class Integer(Format):
             )
         if self.scale not in SCALES:
             raise ValueError(f"{self.name}(scale={self.scale!r}): use one of {', '.join(SCALES)}.")
+        if self.zero not in ZEROS:
+            raise ValueError(f"{self.name}(zero={self.zero!r}): use one of {', '.join(ZEROS)}.")
 
     def layout(self, shape: Shape) -> Layout:
         stack, rows, columns = split(shape, self.block or 2, choices=BLOCKS)
@@ -60,7 +66,7 @@ class Integer(Format):
             "scale": spec(per_scale, jnp.dtype(self.scale)),
         }
         if not self.symmetric:
-            arrays["zero"] = spec(per_scale, np.uint8)
+            arrays["zero"] = spec(per_scale, self.zero)
         if self.indexed:
             arrays["index"] = spec((*stack, rows, 1), np.int32)
         return arrays
@@ -84,7 +90,7 @@ class Integer(Format):
             codes = blocks.unblocked(blocks.blocked(codes, block) + zero[..., :, None, :])
         packed = {"codes": self._store(jnp.clip(codes, low, high)), "scale": scale}
         packed["scale"] = scale.astype(self.scale)
-        return packed if zero is None else packed | {"zero": zero.astype(jnp.uint8)}
+        return packed if zero is None else packed | {"zero": zero.astype(self.zero)}
 
     def decode(self, packed: Mapping[str, Array]) -> Array:
         codes, scale = self._load(packed["codes"]), packed["scale"].astype(jnp.float32)
@@ -125,6 +131,51 @@ class Integer(Format):
         if self.indexed:
             return lambda x: jnp.take_along_axis(x, packed["index"], axis=-2)
         return lambda x: jnp.repeat(x, rows // x.shape[-2], axis=-2)
+
+
+def shifted(packed: Mapping[str, Array], fmt: Integer, by: Array) -> tuple[Packed, Integer]:
+    """`W' + by` for a `by` that is the same all over each block: only zero points change.
+
+        scale * (code - zero) + by = scale * (code - (zero - by / scale))
+
+    Args:
+        packed: arrays of `fmt`, which is not indexed.
+        fmt: their format; a symmetric one gets zero points. Values of codes stay, and so do their
+            bits but for 8 symmetric ones, which become unsigned.
+        by: `(*stack, in / block, out)`, float32.
+
+    Returns:
+        The arrays, and their format with zero points in float32. A block of scale 0, all of whose
+        codes are the zero point, gets a small one.
+
+    Example:
+        >>> from jaxpeft.quant.formats import dequantize, int8, quantize
+        >>> packed, fmt = shifted(quantize(jnp.ones((2, 1)), int8(2)), int8(2), jnp.ones((1, 1)))
+        >>> dequantize(packed, fmt, (2, 1)).round(4).tolist(), fmt.zero
+        ([[2.0], [2.0]], 'float32')
+    """
+    codes, scale = packed["codes"], packed["scale"]
+    middle = jnp.float32(2 ** (fmt.bits - 1))
+    zero = middle if fmt.symmetric else packed["zero"].astype(jnp.float32)
+    if fmt.symmetric and fmt.bits == 8:
+        codes = codes.astype(jnp.uint8) ^ 128
+    scale = jnp.where(scale == 0, 2.0**-14, scale)  # float16 holds it, as others do
+    moved = zero - by / scale.astype(jnp.float32)
+    arrays = {"codes": codes, "scale": scale, "zero": moved}
+    return arrays, dataclasses.replace(fmt, symmetric=False, zero="float32")
+
+
+def check_codes(fmt: Integer) -> None:
+    """Refuses zero points that are no codes, for files that can hold none.
+
+    Raises:
+        ValueError: as said there.
+    """
+    if not fmt.symmetric and fmt.zero != "uint8":
+        raise ValueError(
+            f"{fmt} has zero points between codes, which files of integers cannot hold. Merge with "
+            "rounding instead: jp.quant.merge(tuned, adapter, params, fmt)."
+        )
 
 
 class Int8(Integer):
