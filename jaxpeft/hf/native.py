@@ -28,6 +28,7 @@ from jaxpeft.core.transform import Adapter, Tuned
 from jaxpeft.core.tree import leaves_with_paths
 from jaxpeft.flax import transform
 from jaxpeft.hf import methods
+from jaxpeft.hf.adapterhub import methods as adapterhub_methods
 from jaxpeft.hf.files import read_site, read_tensors, some, write_directory, write_tensors
 from jaxpeft.hf.paths import at_paths
 
@@ -176,7 +177,10 @@ def _parse(path: Path, notes: Mapping[str, Any]) -> tuple[list[Site], dict[str, 
 
 def _build(path: Path, site: Site, described: Mapping[str, Any]) -> Method:
     name, options = described["name"], described["options"]
-    found = _from_options(name, options)
+    try:
+        found = _from_options(name, options)
+    except RecursionError:
+        found = None
     if found is None:
         raise ValueError(
             f"{path}: the method {name!r} with options {options} at {site.path!r} cannot be made "
@@ -190,7 +194,7 @@ def _from_options(name: str, options: Mapping[str, Any]) -> Method | None:
     if options and all(number.isdigit() for number in options):
         return _chain(name.split("+"), options)
     for factory in factories():
-        method = _attempt(factory, options)
+        method = _attempt(factory, name, options)
         if method and describe(method) == {"name": name, "options": options}:
             return method
     return None
@@ -208,26 +212,37 @@ def _chain(names: list[str], options: Mapping[str, Any]) -> Method | None:
     return compose([stages.get(i) for i in range(max(stages) + 1)])
 
 
-def _attempt(factory: Callable[..., Any], options: Mapping[str, Any]) -> Method | None:
-    wanted = inspect.signature(factory).parameters.keys() - _START
+def _attempt(factory: Callable[..., Any], name: str, options: Mapping[str, Any]) -> Method | None:
+    parameters = inspect.signature(factory).parameters
+    wanted = parameters.keys() - _START
     if not wanted <= options.keys():
         return None
+    given = {at: options[at] for at in wanted}
+    several = [at for at in wanted if parameters[at].kind is inspect.Parameter.VAR_POSITIONAL]
+    if several and factory.__name__ != name:  # each part is made once, however deep they are
+        return None
     try:
-        method = factory(**{name: options[name] for name in wanted})
-    except (TypeError, ValueError):
+        made_of = [_part(one) for at in several for one in given.pop(at)]
+        method = factory(*made_of, **given)
+    except (KeyError, TypeError, ValueError, AttributeError):
         return None
     return method if isinstance(method, Method) else None
 
 
+def _part(described: Mapping[str, Any] | None) -> Method | None:
+    """One of the methods that a method is made of."""
+    return _from_options(described["name"], described["options"]) if described else None
+
+
 def factories() -> list[Callable[..., Any]]:
-    """The functions of `jaxpeft.methods` and `jaxpeft.hf.methods` that return a method."""
+    """The functions of `jaxpeft.methods`, and of the files' own methods, that return a method."""
     modules = [
         importlib.import_module(f"{jaxpeft.methods.__name__}.{info.name}")
         for info in pkgutil.iter_modules(jaxpeft.methods.__path__)
     ]
     return [
         value
-        for module in [*modules, methods]
+        for module in [*modules, methods, adapterhub_methods]
         for name, value in vars(module).items()
         if inspect.isfunction(value)
         and value.__module__ == module.__name__
