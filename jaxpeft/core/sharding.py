@@ -6,8 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+try:
+    from jax.experimental.shard_alike import shard_alike
+except ImportError:  # JAX 0.11 has no such constraint
+    shard_alike = None  # type: ignore[assignment]
 
 
 def inherit(leaf: jax.Array, weight: Any, axes: Sequence[int | None]) -> jax.Array:
@@ -100,7 +104,9 @@ def automatic(f: Callable[..., Any], out: Any, *args: Any) -> Any:
 
 def alike(x: jax.Array, other: jax.Array) -> jax.Array:
     """`x` placed as `other`, of the same shape: by type, or by the compiler on auto meshes."""
-    return like(x, other) if explicit(other) else shard_alike(x, other)[0]
+    if explicit(other):
+        return like(x, other)
+    return x if shard_alike is None else shard_alike(x, other)[0]
 
 
 def place(x: jax.Array, sharding: NamedSharding, entries: Sequence[Any]) -> jax.Array:
