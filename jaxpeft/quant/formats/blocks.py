@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 Array = jax.Array
 
@@ -57,13 +58,16 @@ def unpack_nibbles(packed: Array) -> Array:
 def lookup(table: Sequence[float], codes: Array) -> Array:
     """`table[codes]` in float32 for a table of 2^k values, as a tree of selections.
 
-    A gather of single elements is slow on a TPU, and does not vectorize on a CPU.
+    A gather of single elements is slow on a TPU, and does not vectorize on a CPU. The values are
+    spread over an array made of the codes: JAX lifts what depends on no data out of a scan, and
+    would keep an array of the shape of the codes for each value.
     """
-    values: list[Any] = [jnp.float32(value) for value in table]
+    zeros = (codes & 0).astype(jnp.uint32)
+    values: list[Any] = [zeros | bits for bits in np.asarray(table, np.float32).view(np.uint32)]
     for bit in range(len(values).bit_length() - 1):
         odd = (codes >> bit) & 1 != 0
         values = [jnp.where(odd, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
-    return values[0]
+    return lax.bitcast_convert_type(values[0], jnp.float32)
 
 
 def nearest(x: Array, table: np.ndarray) -> Array:
