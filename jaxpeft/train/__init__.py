@@ -2,6 +2,7 @@
 
 from jaxpeft.train.adam8bit import adam8bit as adam8bit
 from jaxpeft.train.adam8bit import scale_by_adam8bit as scale_by_adam8bit
+from jaxpeft.train.apply import apply_updates as apply_updates
 from jaxpeft.train.batches import Batch as Batch
 from jaxpeft.train.batches import Batches as Batches
 from jaxpeft.train.batches import Example as Example

@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxpeft.core.tree import HOLE, combine
+from jaxpeft.train.apply import apply_updates
 from jaxpeft.train.loss import LossFn
+
+# Folded into a step's key, for rounding; micro-batches fold in their indices, from 0 on.
+ROUNDING = 2**31 - 1
 
 Step = Callable[["State", Any, Any], tuple["State", "Metrics"]]
 Evaluation = Callable[[Any, Any, Any], tuple[jax.Array, jax.Array]]
@@ -80,8 +84,13 @@ def init_state(
       [(), (2,), (2,)]
     """
     adapter = jax.tree.map(jnp.copy, adapter)
-    opt_state = optimizer.init(_split(adapter, trainable)[0])
+    opt_state = optimizer.init(_wide(_split(adapter, trainable)[0]))
     return State(adapter, opt_state, jnp.zeros((), jnp.int32), jax.random.clone(key))
+
+
+def _wide(tree: Any) -> Any:
+    """The leaves as the optimizer sees them: in float32 where they are narrower."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
 def _micro_batches(batch: Any, n: int) -> Any:
@@ -121,6 +130,7 @@ def make_step(
     *,
     trainable: Any = None,
     micro_batches: int = 1,
+    stochastic_rounding: bool = False,
 ) -> Step:
     """Makes a jitted training step.
 
@@ -128,13 +138,16 @@ def make_step(
     over all target tokens, so the split changes nothing but float32 rounding (and the dropout
     masks, where there is dropout). Gradients exist for the trainable leaves only. Where the loss
     or its gradient is not finite the state comes back as it was, step number included, and
-    `Metrics` tells; the caller decides.
+    `Metrics` tells; the caller decides. The optimizer computes in float32 for leaves that are
+    narrower, and its sum with them is rounded once.
 
     Args:
       loss_fn: `(adapter, params, batch, dropout_key) -> (total, count)`, see `causal_lm_loss`.
       optimizer: the transformation that `init_state` was given.
       trainable: the tree of bools that `init_state` was given.
       micro_batches: the batch's leading axis is split in that many parts, run one after another.
+      stochastic_rounding: for leaves narrower than float32, see `apply_updates`; its key is the
+        run's and the step's, so a run that is continued rounds as one that never stopped.
 
     Returns:
       `step(state, params, batch) -> (state, metrics)`. The state that goes in is donated: use
@@ -164,10 +177,11 @@ def make_step(
         key = jax.random.fold_in(state.key, state.step)
         (total, count), grads = _accumulate(grad_fn, active, batch, key, micro_batches)
         scale = 1.0 / jnp.maximum(count, 1.0)
-        grads = jax.tree.map(lambda g, x: (g * scale).astype(x.dtype), grads, active)
+        grads = jax.tree.map(lambda g: g * scale, _wide(grads))
         metrics = Metrics(total * scale, optax.tree.norm(grads), count)
-        updates, opt_state = optimizer.update(grads, state.opt_state, active)
-        adapter = combine(optax.apply_updates(active, updates), fixed)
+        updates, opt_state = optimizer.update(grads, state.opt_state, _wide(active))
+        rounding = jax.random.fold_in(key, ROUNDING) if stochastic_rounding else None
+        adapter = combine(apply_updates(active, updates, rounding), fixed)
         after = State(adapter, opt_state, state.step + 1, state.key)
         finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state), metrics
