@@ -118,9 +118,9 @@ def _low_rank(
         raise ValueError(f"dropout={dropout} is not a share. Use 0 <= dropout < 1.")
 
     def start(key: jax.Array, site: Site, weight: Any) -> Leaves:
-        site = _unfused(site, fused)
+        site = unfused(site, fused)
         _check_rank(rank, site)
-        a_axes, b_axes = (_with_rank(axes, site, None) for axes in _axes(site))
+        a_axes, b_axes = (_with_rank(axes, site, None) for axes in factor_axes(site))
         a_shape, b_shape = (
             tuple(rank if axis is None else site.shape[axis] for axis in axes)
             for axes in (a_axes, b_axes)
@@ -132,10 +132,10 @@ def _low_rank(
         return {"a": inherit(a, weight, a_axes), "b": inherit(b, weight, b_axes)}
 
     def tuned(site: Site, leaves: Leaves, weight: Any, key: jax.Array | None) -> Sum:
-        site = _unfused(site, fused)
+        site = unfused(site, fused)
         rank_axis = len(site.axes("stack", "batch"))
         layout, (r,) = Layout.of(site.shape).fresh(leaves["a"].shape[rank_axis])
-        a_labels, b_labels = (_with_rank(axes, site, r) for axes in _axes(site))
+        a_labels, b_labels = (_with_rank(axes, site, r) for axes in factor_axes(site))
         keys, key_axes = _layer_keys(key if dropout else None, site)
         update = Einsum(
             factors=(leaves["a"], leaves["b"]),
@@ -159,7 +159,7 @@ def _low_rank(
     )
 
 
-def _unfused(site: Site, fused: tuple[int, ...]) -> Site:
+def unfused(site: Site, fused: Sequence[int]) -> Site:
     """The site with the axes of fused maps shared by `A` and `B`, like those of experts."""
     if not fused:
         return site
@@ -173,7 +173,7 @@ def _unfused(site: Site, fused: tuple[int, ...]) -> Site:
     return dataclasses.replace(site, roles=tuple(roles))
 
 
-def _axes(site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def factor_axes(site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The axes of `A` and of `B`: what both own comes first. Axes without a role go with `B`."""
     both = site.axes("stack", "batch")
     return (*both, *site.axes("in")), (*both, *site.axes("out", ""))

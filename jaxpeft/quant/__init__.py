@@ -12,5 +12,9 @@ from jaxpeft.quant.formats import nvfp4 as nvfp4
 from jaxpeft.quant.merge import Merged as Merged
 from jaxpeft.quant.merge import merge as merge
 from jaxpeft.quant.quantize import quantize as quantize
+from jaxpeft.quant.starts import loftq as loftq
+from jaxpeft.quant.starts import pissa as pissa
+from jaxpeft.quant.svd import exact_svd as exact_svd
+from jaxpeft.quant.svd import randomized_svd as randomized_svd
 from jaxpeft.quant.weight import QuantizedWeight as QuantizedWeight
 from jaxpeft.quant.weight import wrap as wrap

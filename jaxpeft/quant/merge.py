@@ -76,7 +76,7 @@ def merge(
     """
     by_path = {site.path: site for site in sites or ()}
     pairs, _ = leaves_with_paths(params, is_leaf=lambda x: isinstance(x, Structured))
-    wanted, bases = _wanted(rules, pairs, by_path), dict(pairs)
+    wanted, bases = formats_wanted(rules, pairs, by_path), dict(pairs)
     errors: dict[str, Error] = {}
 
     def store(path: str, weight: Any) -> Any:
@@ -99,7 +99,7 @@ def merge(
     return Merged(tuned.merge(adapter, params, store=store), errors)
 
 
-def _wanted(rules: Any, pairs: Any, sites: Mapping[str, Site]) -> dict[str, Format]:
+def formats_wanted(rules: Any, pairs: Any, sites: Mapping[str, Site]) -> dict[str, Format]:
     """The format of each merged weight that is to be packed, by path."""
     quantized = {path: leaf for path, leaf in pairs if isinstance(leaf, QuantizedWeight)}
     own = {path: leaf.format for path, leaf in quantized.items()}
@@ -163,11 +163,12 @@ def _each(
     if halves is None:
         return f(canonical(dense(weight, jnp.float32), axes), given)
     arrays, layer = halves
-    inner = (_before(stack[1:]), _before(ins), _before(outs))
+    inner = (before(stack[1:]), before(ins), before(outs))
     found, errors = lax.map(lambda part: _each(f, layer(part[0]), inner, part[1]), (arrays, given))
     rms = jnp.sqrt(jnp.mean(errors.rms**2))
     return found, Error(rms, jnp.max(errors.max_relative))
 
 
-def _before(axes: tuple[int, ...]) -> tuple[int, ...]:
+def before(axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of a layer, where these are of the stack."""
     return tuple(axis - 1 for axis in axes)
