@@ -16,6 +16,7 @@ from jaxpeft.cli.generate import generate
 from jaxpeft.cli.inspect import inspect
 from jaxpeft.cli.merge import merge
 from jaxpeft.cli.options import with_file
+from jaxpeft.cli.plan import plan
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
@@ -24,6 +25,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "merge": merge,
     "inspect": inspect,
     "compare": compare,
+    "plan": plan,
 }
 _DESCRIPTION = (
     "Fine-tune language models with small adapters, in JAX. "

@@ -3,10 +3,11 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 FETCHABLE = ("smollm2-135m-instruct",)
 DTYPES = ("float32", "bfloat16", "float16")
+Remat = Literal["projections", "layers", "none"]
 
 
 def locate(model: str, cache: Path | None = None) -> Path:
@@ -34,6 +35,46 @@ def locate(model: str, cache: Path | None = None) -> Path:
             f"(config.json and model.safetensors), a .gguf file, or a name: {names}."
         )
     return path
+
+
+def shapes(path: Path, dtype: str = "float32") -> tuple[Any, Any]:
+    """A model and its params without their values, for which its config.json is enough.
+
+    Args:
+        path: a directory, a config.json, or a GGUF file.
+        dtype: of the weights.
+
+    Returns:
+        `(model, params)`, whose leaves are `jax.ShapeDtypeStruct`s.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: the model is not supported.
+    """
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from jaxpeft.models.families import FAMILIES, read_config
+    from jaxpeft.models.files import read_json
+    from jaxpeft.models.gguf import find_gguf
+    from jaxpeft.models.load import open_checkpoint
+
+    file = path if path.name == "config.json" else path / "config.json"
+    gguf = path != file and find_gguf(path)
+    config = open_checkpoint(path).config if gguf else read_config(read_json(file))
+    build = FAMILIES[config.model_type].build
+    model = nnx.eval_shape(lambda: build(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    return model, nnx.state(model)
+
+
+def policy(remat: Remat) -> Any:
+    """What the backward pass finds kept of a layer, as `jax.checkpoint` takes it."""
+    import jax
+
+    from jaxpeft.models.decoder import KEEP_PROJECTIONS
+
+    nothing = jax.checkpoint_policies.nothing_saveable
+    return {"projections": KEEP_PROJECTIONS, "layers": nothing, "none": None}[remat]
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -1,0 +1,143 @@
+"""`jaxpeft plan`: what tuning a model would take, from its config.json alone."""
+
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from jaxpeft.cli import models as common
+from jaxpeft.cli.options import Dtype, File, Glob, Text
+
+
+def plan(
+    model: Annotated[Text, tyro.conf.arg(metavar="MODEL")],
+    *,
+    method: str = "lora:rank=8",
+    targets: Glob = None,
+    batch_size: int = 8,
+    accumulate: int = 1,
+    max_length: int = 512,
+    optimizer: Literal["adamw", "lion", "sgd"] = "adamw",
+    remat: common.Remat = "projections",
+    dtype: Dtype = "float32",
+    cache: File = None,
+) -> None:
+    """Say what tuning a model would take: parameters, and the memory of a training step.
+
+    Nothing is loaded: the step is compiled from shapes, for the device at hand. Of the model its
+    config.json is enough, so a model can be planned for before it is downloaded.
+
+    Args:
+        model: the directory of a decoder, its config.json, or a .gguf file; or
+            smollm2-135m-instruct, which is fetched.
+        method: as for `compare`, such as "lora:rank=8", "prefix:tokens=20" or "full".
+        targets: which parameters or modules get an adapter, such as "**/{q,v}_proj/kernel".
+        batch_size: examples in a step.
+        accumulate: work on a batch in that many parts, one after another, to save memory.
+        max_length: tokens of the longest batch.
+        optimizer: the update rule.
+        remat: what the backward pass finds kept of a layer: its projections' outputs; only the
+            layer's input ("layers"), for a third more time; or everything ("none").
+        dtype: of the frozen weights.
+        cache: where a fetched model is kept, instead of ~/.cache/jaxpeft.
+    """
+    import jax
+
+    _check(batch_size, accumulate, max_length)
+    console = Console(highlight=False)
+    path = common.locate(model, cache)
+    decoder, params = common.shapes(path, dtype)
+    if decoder.task != "causal-lm":
+        raise ValueError(
+            f"{path} is a {decoder.config.model_type} for {decoder.task}; plan knows decoders. "
+            "`jaxpeft compare` measures the step of an encoder's tuning."
+        )
+    decoder.remat = common.policy(remat)
+    tuned, adapter = _tuned(decoder, params, method, targets)
+    with console.status("Compiling a step"):
+        memory = _memory(tuned, adapter, params, optimizer, batch_size, accumulate, max_length)
+    total, trained = common.count(params), _trained(tuned, adapter)
+    console.print(f"[bold]Plan[/]: {path}, {decoder.config.model_type}, {total:,} parameters")
+    console.print(f"{trained:,} to train ({trained / total:.2%}) at {len(adapter)} sites\n")
+    console.print(_table(memory))
+    if jax.default_backend() == "cpu" and dtype != "float32":
+        console.print(
+            f"A CPU keeps float32 copies of {dtype} weights; on a GPU or TPU the step takes less."
+        )
+
+
+def _check(batch_size: int, accumulate: int, max_length: int) -> None:
+    for flag, value in (
+        ("--batch-size", batch_size), ("--accumulate", accumulate), ("--max-length", max_length),
+    ):  # fmt: skip
+        if value < 1:
+            raise ValueError(f"{flag} {value} is out of range. Use 1 or more.")
+    if batch_size % accumulate:
+        raise ValueError(
+            f"--batch-size {batch_size} cannot be split into --accumulate {accumulate} equal "
+            "parts. Use a batch size that is a multiple of it."
+        )
+
+
+def _tuned(decoder: Any, params: Any, method: str, targets: str | None) -> tuple[Any, Any]:
+    import jax
+
+    import jaxpeft as jp
+    from jaxpeft import train
+
+    spec = train.read_spec(method)
+    tuning = spec.tuning(output=getattr(decoder, "output_head", None))
+    if targets is not None:
+        tuning = jp.rules(*((targets, part) for part in spec.methods))
+    tuned = jp.transform(decoder, tuning)
+    init = lambda params: tuned.init(jax.random.key(0), params, *decoder.example())  # noqa: E731
+    return tuned, jax.eval_shape(init, params)
+
+
+def _memory(
+    tuned: Any, adapter: Any, params: Any, rule: str, rows: int, accumulate: int, length: int
+) -> Any:
+    import jax
+
+    from jaxpeft import train
+
+    optimizer = train.optimizer(1e-3, name=rule)
+    trainable, loss = tuned.trainable(adapter), train.causal_lm_loss(tuned.apply)
+
+    def start(adapter: Any) -> Any:
+        return train.init_state(adapter, optimizer, jax.random.key(0), trainable=trainable)
+
+    step = train.make_step(loss, optimizer, trainable=trainable, micro_batches=accumulate)
+    shape = (rows, length)
+    kinds = ("int32", "bool", "bool")
+    batch = train.Batch(*(jax.ShapeDtypeStruct(shape, kind) for kind in kinds))
+    return train.step_memory(step, jax.eval_shape(start, adapter), params, batch)
+
+
+def _trained(tuned: Any, adapter: Any) -> int:
+    import jax
+
+    marks = jax.tree.leaves(tuned.trainable(adapter))
+    pairs = zip(jax.tree.leaves(adapter), marks, strict=True)
+    return sum(leaf.size for leaf, trained in pairs if trained)
+
+
+def _table(memory: Any) -> Table:
+    import jax
+
+    table = Table(title=f"A step on {jax.devices()[0].device_kind}")
+    table.add_column("what")
+    table.add_column("memory", justify="right")
+    unknown = "unknown"
+    for name, size in (
+        ("weights", memory.params),
+        ("adapter", memory.adapter),
+        ("optimizer", memory.optimizer),
+        ("batch", memory.batch),
+        ("activations, gradients, workspace", memory.temporaries),
+    ):
+        table.add_row(name, unknown if size is None else common.megabytes(size))
+    table.add_section()
+    table.add_row("all", common.megabytes(memory.total))
+    return table

@@ -1,0 +1,56 @@
+"""`jaxpeft plan`: counts against torch, and what happens where it cannot plan."""
+
+import json
+
+import pytest
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from jaxpeft.cli.tiny import write_tiny_encoder
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model, tmp_path_factory):
+    """A model's config.json, without its weights."""
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    path.write_text((tiny_model / "config.json").read_text())
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("place", ["file", "directory"])
+def test_it_counts_what_peft_counts(jaxpeft, config, tiny_model, place):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    total = sum(p.numel() for p in model.parameters())
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trained, _ = get_peft_model(model, lora).get_nb_trainable_parameters()
+    given = config if place == "file" else config.parent
+    result = jaxpeft(
+        "plan", given, "--method", "lora:rank=4", "--targets", "**/{q,v}_proj/kernel",
+        "--max-length", 16, "--remat", "layers",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert f"{total:,} parameters {trained:,} to train" in result.out
+    # Adam keeps two numbers for each that is trained, and counts its steps.
+    for name, size in (("weights", 4 * total), ("adapter", 4 * trained)):
+        assert f"{name} {size / 1e3:.1f} kB" in result.out
+    assert f"optimizer {(8 * trained + 12) / 1e3:.1f} kB" in result.out
+
+
+def test_another_method_takes_its_own_places(jaxpeft, config):
+    sizes = json.loads(config.read_text())
+    result = jaxpeft("plan", config, "--method", "prompt:tokens=5", "--max-length", 16)
+    assert f"{5 * sizes['hidden_size']:,} to train" in result.out
+
+
+def test_errors_name_the_option(jaxpeft, config, tmp_path):
+    for options, message in (
+        (("--batch-size", 0), "--batch-size 0 is out of range"),
+        (("--batch-size", 3, "--accumulate", 2), "--accumulate 2 equal parts"),
+        (("--method", "lora:rank=0"), "rank=0"),
+        (("--targets", "**/none/*"), "matched none"),
+    ):
+        result = jaxpeft("plan", config, *options)
+        assert result.code == 2 and message in result.err
+    encoder = write_tiny_encoder(tmp_path / "encoder", ["a film"])
+    assert "plan knows decoders" in jaxpeft("plan", encoder).err
