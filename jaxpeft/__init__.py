@@ -51,6 +51,7 @@ from jaxpeft.methods.invertible import invertible as invertible
 from jaxpeft.methods.join import fusion_penalty as fusion_penalty
 from jaxpeft.methods.join import join_adapters as join_adapters
 from jaxpeft.methods.ladder import ladder as ladder
+from jaxpeft.methods.layers import layers as layers
 from jaxpeft.methods.llama_adapter import llama_adapter as llama_adapter
 from jaxpeft.methods.lora import lora as lora
 from jaxpeft.methods.lora import rslora as rslora

@@ -71,6 +71,9 @@ class Method(NamedTuple):
             in common. They stand at "shared:name" in the adapter, and as `leaves["shared"][name]`
             in what `weight` and `call` are given.
         needs: what else it wants of the call.
+        spread: `(site, leaves, inputs) -> leaves`, what `weight` and `call` are given in place of
+            the adapter's leaves, before a scan takes them apart; `inputs` are the arguments of
+            `apply` that `needs` names, none in `merge`.
     """
 
     name: str
@@ -83,6 +86,23 @@ class Method(NamedTuple):
     call: Callable[[Site, Leaves, Any, Here], Any] | None = None
     shared: Mapping[str, Callable[[Array], Leaves]] = {}
     needs: Needs = Needs()
+    spread: Callable[[Site, Leaves, Mapping[str, Any]], Leaves] | None = None
+
+
+def spread(method: Method, site: Site, leaves: Leaves, inputs: Mapping[str, Any]) -> Leaves:
+    """The leaves of one site as the method's functions are given them."""
+    return method.spread(site, leaves, inputs) if method.spread else leaves
+
+
+def spread_stages(stages: Mapping[str, Method]) -> Any:
+    """`Method.spread` of a method made of others, whose leaves stand under these names."""
+    if not any(method.spread for method in stages.values()):
+        return None
+
+    def spread_all(site: Site, leaves: Leaves, inputs: Mapping[str, Any]) -> Leaves:
+        return leaves | {n: spread(m, site, leaves[n], inputs) for n, m in stages.items()}
+
+    return spread_all
 
 
 def tune_weight(method: Method, site: Site, leaves: Leaves, weight: Any, key: Any = None) -> Any:
@@ -152,9 +172,11 @@ def _check_rule(where: Any, matches: Any, method: Any, sites: Sequence[Site]) ->
         raise ValueError(unmatched(where, [site.path for site in sites], "parameters"))
     if not any(_fits(method, site) for site in matched):
         shown = ", ".join(repr(site.path) for site in matched[:3])
+        apart = method.spread and not any(site.axes("stack") for site in matched)
+        why = "they are no stack of layers" if apart else "no product uses them as a linear map"
         raise ValueError(
-            f"where={where!r} matched {shown}, but `{method.name}` cannot work there: no product "
-            "uses them as a linear map. Use `full()` to train them, or another pattern."
+            f"where={where!r} matched {shown}, but `{method.name}` cannot work there: {why}. Use "
+            "`full()` to train them, or another pattern."
         )
 
 
@@ -201,6 +223,7 @@ def compose(methods: Sequence[Method | None]) -> Method:
         call=called if boundary else None,
         shared={n: start for method in stages.values() for n, start in method.shared.items()},
         needs=together([method.needs for method in stages.values()]),
+        spread=spread_stages(stages),
     )
 
 

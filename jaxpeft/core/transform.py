@@ -16,7 +16,16 @@ from jaxpeft.core.adapter import Adapter as Adapter
 from jaxpeft.core.adapter import Sites as Sites
 from jaxpeft.core.adapter import is_shared, shared_inits, shared_site
 from jaxpeft.core.arguments import Names, argument_names
-from jaxpeft.core.method import SHARED, Method, Needs, methods_of, resolve, together, tune_weight
+from jaxpeft.core.method import (
+    SHARED,
+    Method,
+    Needs,
+    methods_of,
+    resolve,
+    spread,
+    together,
+    tune_weight,
+)
 from jaxpeft.core.report import refuse, warn
 from jaxpeft.core.rules import compile_pattern, nearest, unmatched
 from jaxpeft.core.site import Site
@@ -108,7 +117,7 @@ class Tuned:
         chosen = self._methods(adapter)
         needs = together([method.needs for method in chosen.values()])
         own = {name: kwargs.pop(name, None) for name in needs.inputs}
-        weights = self._weights(chosen, adapter, params, dropout_key)
+        weights = self._weights(chosen, adapter, params, dropout_key, own)
         taps = self._taps(chosen, adapter, params, dropout_key, own)
         fn, front = self._lengthened(chosen, adapter, virtual, own, kwargs)
         kwargs = self._shift(needs) | kwargs
@@ -176,7 +185,7 @@ class Tuned:
                     f"`{method.name}` at {path!r} is not a weight change and cannot be merged. "
                     "Serve it with `apply`, or drop it from the rules before `merge`."
                 )
-        weights = self._weights(chosen, adapter, params, None)
+        weights = self._weights(chosen, adapter, params, None, {})
         pairs, tree = leaves_with_paths(weights, is_leaf=_is_structured)
         return tree.unflatten([store(path, weight) for path, weight in pairs])
 
@@ -214,7 +223,9 @@ class Tuned:
             )
         return chosen
 
-    def _weights(self, chosen: dict[str, Method], adapter: Adapter, params: Any, key: Any) -> Any:
+    def _weights(
+        self, chosen: dict[str, Method], adapter: Adapter, params: Any, key: Any, own: Any
+    ) -> Any:
         """`params` with tuned weights in their places."""
         pairs, tree = leaves_with_paths(params, is_leaf=_is_structured)
         sites = {s.path: s for s in adapter.sites if s.path in chosen and not chosen[s.path].call}
@@ -224,7 +235,8 @@ class Tuned:
             if path not in sites:
                 return leaf
             at_site = None if key is None else site_key(typed_key(key), path)
-            leaves = adapter[path] | _shared(chosen[path], adapter)
+            leaves = spread(chosen[path], sites[path], adapter[path], own)
+            leaves = leaves | _shared(chosen[path], adapter)
             return named(tune_weight(chosen[path], sites[path], leaves, leaf, at_site), path)
 
         return tree.unflatten([tuned(path, leaf) for path, leaf in pairs])
@@ -243,7 +255,7 @@ class Tuned:
                 keys = site_key(typed_key(key), site.path)
                 keys = jax.random.split(keys, stack) if stack else keys
             taps[site.path] = Tap(
-                adapter[site.path],
+                spread(method, site, adapter[site.path], own),
                 keys,
                 {path: frozen[path] for path in site.reads if path in frozen},
                 _shared(method, adapter).get(SHARED, {}),

@@ -15,6 +15,7 @@ from jaxpeft.core.transform import Adapter, Tuned
 from jaxpeft.hf.files import some
 from jaxpeft.hf.table import Row, Table
 from jaxpeft.hf.tensors import torch_axes
+from jaxpeft.methods.layers import OPTION, selected
 
 
 class PeftFormatError(ValueError):
@@ -110,7 +111,7 @@ def _check_site(row: Row) -> None:
         raise PeftFormatError(f"{row.path!r} is a convolution.")
 
 
-_LORA_OPTIONS = {"rank", "alpha", "dropout", "fused", "scale", "rslora", "ranks", "alphas"}
+_LORA_OPTIONS = {"rank", "alpha", "dropout", "fused", "scale", "rslora", "ranks", "alphas", OPTION}
 
 
 def _add_lora(stage: Stage, row: Row, found: Found) -> None:
@@ -119,23 +120,23 @@ def _add_lora(stage: Stage, row: Row, found: Found) -> None:
         raise PeftFormatError(f"LoRA at {row.path!r} has the options {some(unknown)}.")
     if options.get("fused"):
         raise PeftFormatError(f"LoRA at {row.path!r} has pairs for fused={options['fused']}.")
-    count = len(row.modules)
-    stack = (count,) if row.stacked else (1,)
+    kept = selected(options.get(OPTION), len(row.modules))
+    stack = (len(kept),) if row.stacked else (1,)
     a, b = (np.asarray(stage.leaves[name], np.float32) for name in ("a", "b"))
     top = a.shape[1 if row.stacked else 0]
     a, b = a.reshape(*stack, top, -1), b.reshape(*stack, top, -1)
     rslora = bool(options.get("rslora"))
-    ranks = options.get("ranks", [top] * count)
-    alphas = options.get("alphas", [options["alpha"]] * count)
-    for layer, module in enumerate(row.modules):
-        rank, alpha = ranks[layer], alphas[layer]
-        if a[layer, rank:].any() or b[layer, rank:].any():
+    ranks = options.get("ranks", [top] * len(kept))
+    alphas = options.get("alphas", [options["alpha"]] * len(kept))
+    for at, module in enumerate(row.modules[layer] for layer in kept):
+        rank, alpha = ranks[at], alphas[at]
+        if a[at, rank:].any() or b[at, rank:].any():
             alpha = _same_scale(rank, alpha, top, options["scale"], rslora)
             rank = top
         if rank:
             if module in found.pairs:
                 raise PeftFormatError(f"{row.path!r} has more than one LoRA.")
-            pair = Pair(row, a[layer, :rank], b[layer, :rank].T, alpha, rslora, options["dropout"])
+            pair = Pair(row, a[at, :rank], b[at, :rank].T, alpha, rslora, options["dropout"])
             found.pairs[module] = pair
 
 
@@ -146,26 +147,28 @@ def _same_scale(rank: int, alpha: float, top: int, otherwise: float, rslora: boo
 
 
 def _add_full(stage: Stage, row: Row, found: Found) -> None:
-    layers = stage.options.get("layers", range(len(row.modules)))
-    values = _torch_values(stage.leaves["value"], row)
-    for layer in layers:
-        found.full.setdefault(row.modules[layer], {})[row.attribute] = values[layer]
+    kept = selected(stage.options.get(OPTION), len(row.modules))
+    layers = stage.options.get("layers", kept)
+    values = _torch_values(stage.leaves["value"], row, len(kept))
+    for at, layer in enumerate(kept):
+        if layer in layers:
+            found.full.setdefault(row.modules[layer], {})[row.attribute] = values[at]
 
 
-def _torch_values(value: Any, row: Row) -> np.ndarray:
+def _torch_values(value: Any, row: Row, count: int) -> np.ndarray:
     axes, shape = torch_axes(row)
     ordered = np.asarray(value, np.float32).transpose(axes)
-    return ordered.reshape(len(row.modules), *shape)
+    return ordered.reshape(count, *shape)
 
 
 def _add_base(stage: Stage, row: Row, found: Found) -> None:
-    values = _torch_values(stage.leaves["value"], row)
+    values = _torch_values(stage.leaves["value"], row, len(row.modules))
     for layer in stage.options.get("layers", range(len(row.modules))):
         found.tensors[f"{row.modules[layer]}.base_layer.weight"] = values[layer]
 
 
 def _add_lora_bias(stage: Stage, row: Row, found: Found) -> None:
-    values = _torch_values(stage.leaves["b"], row)
+    values = _torch_values(stage.leaves["b"], row, len(row.modules))
     for layer, scale in enumerate(stage.options["scales"]):
         if scale:
             found.lora_bias[row.modules[layer]] = values[layer], scale

@@ -31,6 +31,7 @@ from jaxpeft.hf import methods
 from jaxpeft.hf.adapterhub import methods as adapterhub_methods
 from jaxpeft.hf.files import read_site, read_tensors, some, write_directory, write_tensors
 from jaxpeft.hf.paths import at_paths
+from jaxpeft.methods import layers
 
 VERSION = 1
 _KEY = "jaxpeft"
@@ -193,6 +194,8 @@ def _build(path: Path, site: Site, described: Mapping[str, Any]) -> Method:
 def _from_options(name: str, options: Mapping[str, Any]) -> Method | None:
     if options and all(number.isdigit() for number in options):
         return _chain(name.split("+"), options)
+    if layers.OPTION in options:
+        return _in_layers(name, options)
     for factory in factories():
         method = _attempt(factory, name, options)
         if method and describe(method) == {"name": name, "options": options}:
@@ -210,6 +213,15 @@ def _chain(names: list[str], options: Mapping[str, Any]) -> Method | None:
     if None in stages.values() or max(stages) > 1000:
         return None
     return compose([stages.get(i) for i in range(max(stages) + 1)])
+
+
+def _in_layers(name: str, options: Mapping[str, Any]) -> Method | None:
+    rest = {option: value for option, value in options.items() if option != layers.OPTION}
+    method = _from_options(name, rest)
+    try:
+        return method and layers.in_layers(method, layers.selection(options[layers.OPTION]))
+    except (TypeError, ValueError):
+        return None
 
 
 def _attempt(factory: Callable[..., Any], name: str, options: Mapping[str, Any]) -> Method | None:

@@ -22,6 +22,7 @@ from jaxpeft.hf.prompt_kinds import KINDS
 from jaxpeft.hf.prompts import read_prompt
 from jaxpeft.hf.table import HEAD, Row, Table, of_model, of_names
 from jaxpeft.hf.tensors import PREFIX, Reader, low_rank_keys, torch_axes
+from jaxpeft.methods.layers import in_layers
 
 NOTES = "jaxpeft.json"
 
@@ -183,19 +184,25 @@ def _low_rank(
     row: Row, low_rank: Sequence[bool], options: Options, reader: Reader
 ) -> tuple[Method, Leaves]:
     pairs = list(zip(row.modules, low_rank, strict=True))
-    ranks = [options.rank(module) if on else 0 for module, on in pairs]
-    alphas = [options.alpha(module) if on else 1.0 for module, on in pairs]
+    sizes = [(options.rank(m), options.alpha(m)) if on else (0, 1.0) for m, on in pairs]
+    kept = [layer for layer, on in enumerate(low_rank) if on]
+    alike = len({sizes[layer] for layer in kept}) == 1
+    there = kept if alike else range(len(sizes))  # of several ranks, one may be 0
+    modules = [row.modules[layer] for layer in there]
+    ranks, alphas = zip(*(sizes[layer] for layer in there), strict=True)
     method = methods.lora_by_layer(
         ranks, alphas, dropout=options.lora_dropout, rslora=options.use_rslora
     )
+    if len(there) < len(sizes):
+        method = in_layers(method, tuple(there))
     a_sizes, b_sizes = row.site.sizes("in"), row.site.sizes("out", "")
     a = np.zeros((len(ranks), max(ranks), int(np.prod(a_sizes))), np.float32)
     b = np.zeros((len(ranks), max(ranks), int(np.prod(b_sizes))), np.float32)
-    for layer, (module, rank) in enumerate(zip(row.modules, ranks, strict=True)):
+    for at, (module, rank) in enumerate(zip(modules, ranks, strict=True)):
         if rank:
             a_key, b_key = low_rank_keys(row, module)
-            a[layer, :rank] = reader.take(a_key, (rank, a.shape[2]))
-            b[layer, :rank] = reader.take(b_key, (b.shape[2], rank)).T
+            a[at, :rank] = reader.take(a_key, (rank, a.shape[2]))
+            b[at, :rank] = reader.take(b_key, (b.shape[2], rank)).T
     stack = a.shape[:1] if row.stacked else ()
     leaves = {
         "a": jnp.asarray(a.reshape(*stack, max(ranks), *a_sizes)),

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxpeft.core.method import SHARED, Leaves, Method, compose, together
+from jaxpeft.core.method import SHARED, Leaves, Method, compose, spread_stages, together
 from jaxpeft.core.rules import Chain
 from jaxpeft.core.site import Site
 from jaxpeft.core.tap import Here
@@ -46,6 +46,7 @@ def made_of(
         call=lambda site, leaves, x, here: call(stages, site, leaves, x, here),
         shared={n: start for m in stages.values() for n, start in m.shared.items()},
         needs=together([m.needs for m in stages.values()]),
+        spread=spread_stages(stages),
     )
 
 

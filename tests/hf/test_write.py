@@ -42,6 +42,7 @@ TUNINGS = {
         "llama",
         dict(lora_dropout=0.25),
     ),
+    "upper layers": (jp.layers(jp.rules(QV), slice(1, None)), "llama", dict(r=4)),
     "head": (jp.rules(("lm_head/kernel", jp.lora(2))), "llama", dict(target_modules=["lm_head"])),
     "embedding": (
         jp.rules(("embed_tokens/embedding", jp.lora(2)), QV),

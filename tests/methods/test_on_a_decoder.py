@@ -29,9 +29,11 @@ METHODS = {
     "llama_adapter": (llama_adapter(2, layers=1), {}),
     "cartridge": (cartridge(3, frozen=1), {}),
     "ladder": (jp.rules(("norm:in", ladder(2, 2))), {}),
+    "layers": (jp.layers(jp.chain(jp.lora(2), jp.houlsby(width=2)), slice(1, 2)), {}),
+    "dropped": (jp.layers(jp.houlsby(width=2)), {"drop_layers": jnp.array(1)}),
 }
 # Whose form lets a fresh adapter change nothing.
-STILL = ("ia3", "llama_adapter")
+STILL = ("ia3", "llama_adapter", "layers", "dropped")
 MAPPED = (*STILL, "multitask", "cpt", "cartridge", "ladder")
 
 

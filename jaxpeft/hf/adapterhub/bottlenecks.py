@@ -8,7 +8,7 @@ from typing import Any
 from jaxpeft.core.adapter import shared_site
 from jaxpeft.core.method import Method
 from jaxpeft.hf.adapterhub.forms import form_of
-from jaxpeft.hf.adapterhub.methods import in_layers, uneven_bottleneck
+from jaxpeft.hf.adapterhub.methods import somewhere, uneven_bottleneck
 from jaxpeft.hf.adapterhub.options import Bottleneck
 from jaxpeft.hf.adapterhub.piece import (
     AdapterHubFormatError,
@@ -69,7 +69,7 @@ def _at_sublayer(part: Bottleneck, place: Place, context: Context) -> Piece:
     if isinstance(part.reduction_factor, dict):
         method = uneven_bottleneck(widths, **options)
     else:
-        method = in_layers(bottleneck(reduction=part.reduction_factor, **options), layers)
+        method = somewhere(bottleneck(reduction=part.reduction_factor, **options), layers)
     modules = added(place.modules(), layers, f"adapters.{context.name}")
     return Piece(path, method, tuple(_slots(part, path, modules, widths, context.name)))
 
@@ -100,7 +100,7 @@ def _phm(part: Bottleneck, context: Context) -> Phm:
 def _slots(
     part: Bottleneck, path: str, modules: Sequence[str], widths: Sequence[int], name: str
 ) -> Iterator[Slot]:
-    uneven = tuple(widths) if isinstance(part.reduction_factor, dict) else ()
+    uneven = tuple(w for w in widths if w) if isinstance(part.reduction_factor, dict) else ()
     down = f"adapter_down.{int(part.ln_before)}"
     if part.phm_layer:
         yield from _phm_slots(part, path, modules, down, name)
@@ -160,7 +160,7 @@ def _invertible(part: Bottleneck, context: Context) -> Piece:
     path = f"{place.path}:out"
     if context.places.first_input:
         path = f"{place.path}:in"
-        method = in_layers(method, [layer == 0 for layer in range(place.depth)])
+        method = somewhere(method, [layer == 0 for layer in range(place.depth)])
     at_shared = shared_site(f"{name}.invertible").path
     module = f"{place.module}invertible_adapters.{name}"
     slots = [

@@ -11,6 +11,7 @@ from jaxpeft.core.transform import Tuned
 from jaxpeft.hf.adapterhub.piece import AdapterHubFormatError
 from jaxpeft.hf.adapterhub.places import Place
 from jaxpeft.hf.collect import Stage, stages_at
+from jaxpeft.methods.layers import OPTION, selected
 
 
 class Found(NamedTuple):
@@ -81,7 +82,8 @@ def at_places(
                 method = chosen.get(path)
                 if method is not None and method.name in names:
                     options = dict(method.options)
-                    layers = list(options.pop("layers", [True] * place.depth))
+                    kept = selected(options.pop(OPTION, None), place.depth)
+                    layers = [layer in kept for layer in range(place.depth)]
                     found.append(Found(option, place, method, path, options, layers))
     return found
 

@@ -22,6 +22,7 @@ from jaxpeft.hf.collect import Stage
 from jaxpeft.hf.paths import at_paths
 from jaxpeft.methods.bottleneck import bottleneck
 from jaxpeft.methods.fusion import fuse
+from jaxpeft.methods.layers import OPTION
 
 CONFIG = "adapter_fusion_config.json"
 WEIGHTS = "model_adapter_fusion.safetensors"
@@ -82,7 +83,7 @@ def _check_alike(chosen: Sequence[Mapping[str, Method]]) -> None:
         if odd:
             raise AdapterHubFormatError(f"fused adapters not all of which are at {odd[0]!r}.")
         for path, method in one.items():
-            if method.name != "bottleneck" or "layers" in method.options:
+            if method.name != "bottleneck" or OPTION in method.options:
                 raise AdapterHubFormatError(
                     f"the fusion of {method.name!r} at {path!r}: bottlenecks in all layers are."
                 )

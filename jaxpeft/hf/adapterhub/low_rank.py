@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxpeft.hf import methods
 from jaxpeft.hf.adapterhub.found import Found, at_places, left_out, one_group
-from jaxpeft.hf.adapterhub.methods import gated_ia3, in_layers
+from jaxpeft.hf.adapterhub.methods import gated_ia3, somewhere
 from jaxpeft.hf.adapterhub.options import LowRank
 from jaxpeft.hf.adapterhub.piece import AdapterHubFormatError, Context, Piece, added, at
 from jaxpeft.hf.adapterhub.places import Place
@@ -15,6 +14,7 @@ from jaxpeft.hf.adapterhub.slots import Stacked
 from jaxpeft.hf.collect import Stage
 from jaxpeft.methods.bottleneck import bottleneck
 from jaxpeft.methods.ia3 import ia3
+from jaxpeft.methods.lora import lora
 
 # LoRA with a gate, as a bottleneck adapter beside the map.
 _GATED: dict[str, Any] = {
@@ -48,8 +48,7 @@ def _modules(part: LowRank, place: Place, context: Context) -> tuple[list[bool],
 
 def _low_rank(part: LowRank, place: Place, context: Context) -> Piece:
     layers, modules = _modules(part, place, context)
-    ranks = [part.r if on else 0 for on in layers]
-    method = methods.lora_by_layer(ranks, [part.alpha] * len(ranks), dropout=part.dropout)
+    method = somewhere(lora(part.r, part.alpha, dropout=part.dropout), layers)
     path = f"{place.path}/kernel"
     a = Stacked(path, "a", at(modules, "lora_A"))
     return Piece(path, method, (a, Stacked(path, "b", at(modules, "lora_B"), "transposed")))
@@ -59,7 +58,7 @@ def _scale(part: LowRank, place: Place, context: Context) -> Piece:
     layers, modules = _modules(part, place, context)
     path = f"{place.path}:out"
     vector = Stacked(path, "l", at(modules, "lora_B"), "column")
-    return Piece(path, in_layers(ia3("activations"), layers), (vector,))
+    return Piece(path, somewhere(ia3("activations"), layers), (vector,))
 
 
 def _gated(part: LowRank, place: Place, context: Context) -> Piece:
@@ -72,11 +71,11 @@ def _gated(part: LowRank, place: Place, context: Context) -> Piece:
     ]
     if part.composition_mode == "scale":
         slots.append(Stacked(path, "l", at(modules, "lora_B"), "column"))
-        return Piece(path, in_layers(gated_ia3(), layers), tuple(slots))
+        return Piece(path, somewhere(gated_ia3(), layers), tuple(slots))
     slots.append(Stacked(path, "down", at(modules, "lora_A")))
     slots.append(Stacked(path, "up", at(modules, "lora_B"), "transposed"))
     method = bottleneck(part.r, dropout=part.dropout, init="mam", **_GATED)
-    return Piece(path, in_layers(method, layers), tuple(slots))
+    return Piece(path, somewhere(method, layers), tuple(slots))
 
 
 _NAMES = ("lora", "ia3", "gated_ia3", "bottleneck")
@@ -123,11 +122,7 @@ def _options(found: Found) -> dict[str, Any]:
 
 
 def _rank(found: Found) -> int:
-    """The rank of all layers that have one; marks the others as left out."""
-    ranks = found.options.get("ranks", [found.options["rank"]] * found.place.depth)
-    alphas = found.options.get("alphas", [found.options["alpha"]] * found.place.depth)
-    kinds = {(r, alpha) for r, alpha in zip(ranks, alphas, strict=True) if r}
-    if len(kinds) > 1:
+    """The rank, which all layers with LoRA have in common."""
+    if "ranks" in found.options:
         raise AdapterHubFormatError(f"LoRA of several ranks or alphas at {found.path!r}.")
-    found.layers[:] = [rank > 0 for rank in ranks]
-    return int(max(ranks))
+    return int(found.options["rank"])

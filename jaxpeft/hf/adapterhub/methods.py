@@ -17,36 +17,16 @@ from jaxpeft.core.tap import Here
 from jaxpeft.methods import parts
 from jaxpeft.methods.bottleneck import bottleneck
 from jaxpeft.methods.inits import kaiming_uniform
+from jaxpeft.methods.layers import in_layers
 from jaxpeft.methods.prefix import prefix_tuning
 
 Array = jax.Array
 
 
-def in_layers(method: Method, layers: Sequence[bool]) -> Method:
-    """A method on activations in some layers of a stack; the others stay as they are.
-
-    Args:
-        method: what is done there.
-        layers: for each layer whether it is.
-
-    Returns:
-        The method, with a further leaf `on` (stack...) that is not trained; itself, if it is
-        everywhere.
-    """
-    if all(layers):
-        return method
-    act = method.call
-    assert act is not None
-
-    def start(key: Array, site: Site, weight: Any) -> Leaves:
-        return method.init(key, site, weight) | {"on": jnp.array(layers, jnp.float32)}
-
-    def call(site: Site, leaves: Leaves, x: Array, here: Here) -> Array:
-        return jnp.where(leaves["on"] > 0, act(site, leaves, x, here), x)
-
-    options = {**method.options, "layers": [bool(on) for on in layers]}
-    fixed = (*method.fixed, "on")
-    return method._replace(init=start, call=call, options=options, fixed=fixed)
+def somewhere(method: Method, layers: Sequence[bool]) -> Method:
+    """A method in the layers of a stack that are marked; itself, if all are."""
+    kept = tuple(i for i, on in enumerate(layers) if on)
+    return method if all(layers) else in_layers(method, kept)
 
 
 def uneven_bottleneck(widths: Sequence[int], **options: Any) -> Method:
@@ -66,14 +46,14 @@ def uneven_bottleneck(widths: Sequence[int], **options: Any) -> Method:
     Raises:
         ValueError: if the activation is not zero at zero.
     """
-    most = max(widths)
-    method = bottleneck(most, **options)
     kept = [width for width in widths if width]
+    most = max(kept)
+    method = bottleneck(most, **options)
     if min(kept) < most:
         f, name = parts.activation_named(options.get("activation", "relu"))
         if f(jnp.zeros(())) != 0:
             raise ValueError(f"layers of several widths need f(0) = 0, which {name!r} has not.")
-    inside = jnp.arange(most) < jnp.array(widths)[:, None]
+    inside = jnp.arange(most) < jnp.array(kept)[:, None]
 
     def start(key: Array, site: Site, weight: Any) -> Leaves:
         leaves = method.init(key, site, weight)
@@ -85,7 +65,7 @@ def uneven_bottleneck(widths: Sequence[int], **options: Any) -> Method:
 
     shown = {**method.options, "widths": list(widths)}
     uneven = method._replace(init=start, options=shown)
-    return in_layers(uneven, [width > 0 for width in widths])
+    return somewhere(uneven, [width > 0 for width in widths])
 
 
 def hub_prefix(

@@ -73,10 +73,10 @@ def hub_activation(name: str) -> str:
 
 
 def at(modules: Sequence[str], tensor: str) -> tuple[str, ...]:
-    """The names of a tensor in each layer's module; "" where there is none."""
-    return tuple(f"{module}.{tensor}" if module else "" for module in modules)
+    """The names of a tensor in each layer's module."""
+    return tuple(f"{module}.{tensor}" for module in modules)
 
 
 def added(modules: Sequence[str], layers: Sequence[bool], what: str) -> list[str]:
-    """The names of what the library adds to a module in each layer; "" in layers left out."""
-    return [f"{m}.{what}" if on else "" for m, on in zip(modules, layers, strict=True)]
+    """The names of what the library adds to the module in each layer that is not left out."""
+    return [f"{m}.{what}" for m, on in zip(modules, layers, strict=True) if on]

@@ -110,9 +110,6 @@ def read_leaves(
         for slot in piece.slots:
             for (path, name), value in slot.read(file, found).items():
                 leaves[path][name] = jnp.asarray(value)
-        if "on" in shapes[piece.path]:
-            on = piece.method.options["layers"]
-            leaves[piece.path]["on"] = jnp.asarray(on, jnp.float32)
     return leaves
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxpeft.hf.adapterhub.found import Found, at_places, one_group
-from jaxpeft.hf.adapterhub.methods import in_layers
+from jaxpeft.hf.adapterhub.methods import somewhere
 from jaxpeft.hf.adapterhub.options import Reft
 from jaxpeft.hf.adapterhub.piece import (
     AdapterHubFormatError,
@@ -43,7 +43,7 @@ def pieces(part: Reft, context: Context) -> Iterator[Piece]:
             continue
         path = f"{place.path}:out"
         modules = added(place.modules(), layers, f"reft_layer.refts.{context.name}")
-        yield Piece(path, in_layers(method, layers), tuple(_slots(part, path, modules)))
+        yield Piece(path, somewhere(method, layers), tuple(_slots(part, path, modules)))
 
 
 def _slots(part: Reft, path: str, modules: Sequence[str]) -> Iterator[Slot]:
@@ -107,4 +107,4 @@ def _options(found: Found) -> dict[str, Any]:
 def as_noreft(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves of a DiReFT for a NoReFT that does the same: `W h = (W + R) h - R h`."""
     return {end: unit | {"source": unit["source"] + unit["rotation"]}
-            for end, unit in leaves.items() if end != "on"}  # fmt: skip
+            for end, unit in leaves.items()}  # fmt: skip

@@ -106,7 +106,7 @@ class Stacked(NamedTuple):
     Attributes:
         path: of the leaf's site.
         leaf: its name.
-        names: of the tensors, in the order of the layers; "" where a layer has none.
+        names: of the tensors, in the order of the layers that have one.
         form: of a tensor: "" as the leaf, "transposed", or with an axis of length 1 before the
             leaf's ("row") or behind ("column").
         rows: of each layer's leaf those that are stored, along its first axis; empty for all.
@@ -126,11 +126,10 @@ class Stacked(NamedTuple):
         whole = np.zeros(shape, np.float32)
         parts = whole if self.stacked else whole[None]
         for layer, name in enumerate(self.names):
-            if name:
-                ours = self._part(parts[layer : layer + 1], layer)
-                value = file.take(name, self._form(ours[0]).shape)
-                file.copies(self._copies(name), value)
-                ours[0] = value.T if self.form == "transposed" else value.reshape(ours[0].shape)
+            ours = self._part(parts[layer : layer + 1], layer)
+            value = file.take(name, self._form(ours[0]).shape)
+            file.copies(self._copies(name), value)
+            ours[0] = value.T if self.form == "transposed" else value.reshape(ours[0].shape)
         return {(self.path, self.leaf): whole}
 
     def write(self, leaves: Leaves) -> dict[str, Array]:
@@ -138,9 +137,8 @@ class Stacked(NamedTuple):
         parts = whole if self.stacked else whole[None]
         tensors: dict[str, Array] = {}
         for layer, name in enumerate(self.names):
-            if name:
-                value = self._form(self._part(parts[layer : layer + 1], layer)[0])
-                tensors |= {one: value for one in (name, *self._copies(name))}
+            value = self._form(self._part(parts[layer : layer + 1], layer)[0])
+            tensors |= {one: value for one in (name, *self._copies(name))}
         return tensors
 
     def _part(self, one: Array, layer: int) -> Array:
@@ -243,7 +241,7 @@ class Rotation(NamedTuple):
     Attributes:
         path: of the leaf's site.
         leaf: its name.
-        names: of the module in each layer; "" where a layer has none.
+        names: of the module in each layer that has one.
     """
 
     path: str
@@ -254,20 +252,18 @@ class Rotation(NamedTuple):
         whole = np.zeros(shapes[self.path, self.leaf], np.float32)
         rank, width = whole.shape[1:]
         for layer, name in enumerate(self.names):
-            if name:
-                x = file.take(f"{name}.weight.original", (rank, width))
-                base = file.take(f"{name}.weight.0.base", (width, width))
-                whole[layer] = _rotation(x.astype(np.float64), base.astype(np.float64))
+            x = file.take(f"{name}.weight.original", (rank, width))
+            base = file.take(f"{name}.weight.0.base", (width, width))
+            whole[layer] = _rotation(x.astype(np.float64), base.astype(np.float64))
         return {(self.path, self.leaf): whole}
 
     def write(self, leaves: Leaves) -> dict[str, Array]:
         whole = leaves[self.path, self.leaf]
         tensors: dict[str, Array] = {}
         for layer, name in enumerate(self.names):
-            if name:
-                x, base = _reflections(whole[layer].astype(np.float64))
-                tensors[f"{name}.weight.original"] = x.astype(np.float32)
-                tensors[f"{name}.weight.0.base"] = base.astype(np.float32)
+            x, base = _reflections(whole[layer].astype(np.float64))
+            tensors[f"{name}.weight.original"] = x.astype(np.float32)
+            tensors[f"{name}.weight.0.base"] = base.astype(np.float32)
         return tensors
 
 

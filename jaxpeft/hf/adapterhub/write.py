@@ -201,7 +201,7 @@ def _check(leaves: Leaves, adapter: Adapter, pieces: Sequence[Piece]) -> None:
     odd = [
         f"{key[0]}/{key[1]} is {given.get(key)}, in the files {wanted.get(key)}"
         for key in wanted.keys() | given.keys()
-        if key[1] != "on" and wanted.get(key) != given.get(key) and "shared:" not in key[0]
+        if wanted.get(key) != given.get(key) and "shared:" not in key[0]
     ]
     if odd:
         raise AdapterHubFormatError(f"leaves of other shapes: {some(odd)}.")

@@ -45,10 +45,9 @@ def orthogonal(rank, width):
 def test_a_rotation_is_that_of_torch(rank, width):
     linear = orthogonal(rank, width)
     tensors = Tensors({f"p.{k}": v.numpy() for k, v in linear.state_dict().items()})
-    slot = Rotation("here", "r", ("p.parametrizations", ""))
-    found = slot.read(tensors, {("here", "r"): (2, rank, width)})["here", "r"]
+    slot = Rotation("here", "r", ("p.parametrizations",))
+    found = slot.read(tensors, {("here", "r"): (1, rank, width)})["here", "r"]
     np.testing.assert_allclose(found[0], linear.weight.detach(), atol=1e-6)
-    assert not found[1].any()
 
 
 @pytest.mark.parametrize("rank, width", [(1, 5), (3, 8), (4, 4)])
@@ -61,7 +60,7 @@ def test_torch_reads_a_rotation_that_is_written(rank, width):
 
 
 SLOTS = {
-    "stacked": (Stacked("s", "x", ("a", "", "b")), {("s", "x"): random(3, 4, 2)}),
+    "stacked": (Stacked("s", "x", ("a", "b")), {("s", "x"): random(2, 4, 2)}),
     "transposed": (Stacked("s", "x", ("a", "b"), "transposed"), {("s", "x"): random(2, 4, 3)}),
     "row": (Stacked("s", "x", ("a", "b"), "row"), {("s", "x"): random(2, 4)}),
     "scalar": (Stacked("s", "x", ("a", "b"), "row"), {("s", "x"): random(2)}),
@@ -93,10 +92,7 @@ def test_leaves_are_read_as_they_are_written(slot, leaves):
     found = slot.read(tensors, {key: leaf.shape for key, leaf in leaves.items()})
     assert found.keys() == leaves.keys()
     for key, leaf in leaves.items():
-        wanted = leaf.copy()
-        if getattr(slot, "names", ())[1:2] == ("",):
-            wanted[1] = 0
-        np.testing.assert_array_equal(found[key], wanted)
+        np.testing.assert_array_equal(found[key], leaf)
 
 
 def test_layers_may_be_stored_in_part():

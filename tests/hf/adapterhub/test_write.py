@@ -164,6 +164,17 @@ def test_a_part_of_the_layers_is_left_out(tmp_path):
     assert list(adapter) == [f"encoder/block/layer/{i}:delta" for i in (0, 1)]
 
 
+@pytest.mark.parametrize(
+    "tuning", [jp.pfeiffer(reduction=4), jp.rules(("**/layer/output/dense/kernel", jp.lora(2)))]
+)
+def test_layers_of_a_stack_are_left_out(tmp_path, tuning):
+    found, _, adapter = written(tmp_path, "bert", jp.layers(tuning, slice(1, None)))
+    assert found["config"]["leave_out"] == [0]
+    assert all(".layer.1." in key for key in tensors_of(tmp_path))
+    _, read = load_adapterhub(tmp_path, base("bert")[0])
+    jax.tree.map(np.testing.assert_array_equal, dict(read), dict(adapter))
+
+
 def test_a_direft_is_written_as_the_noreft_that_does_the_same(tmp_path):
     found, _, adapter = written(
         tmp_path, "bert", jp.rules(("encoder/layer:out", direft(2, init="uniform")))
