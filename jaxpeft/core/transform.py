@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxpeft.core import lift as lifting
 from jaxpeft.core import virtual as virtuals
@@ -16,8 +14,9 @@ from jaxpeft.core.adapter import Adapter as Adapter
 from jaxpeft.core.adapter import Sites as Sites
 from jaxpeft.core.adapter import is_shared, shared_inits, shared_site
 from jaxpeft.core.arguments import Names, argument_names
+from jaxpeft.core.boundary import reading, shared_leaves, taps_of
+from jaxpeft.core.keys import site_key, typed_key
 from jaxpeft.core.method import (
-    SHARED,
     Method,
     Needs,
     methods_of,
@@ -27,11 +26,10 @@ from jaxpeft.core.method import (
     tune_weight,
 )
 from jaxpeft.core.report import refuse, warn
-from jaxpeft.core.rules import compile_pattern, nearest, unmatched
+from jaxpeft.core.rules import nearest
 from jaxpeft.core.site import Site
 from jaxpeft.core.sites import discover
 from jaxpeft.core.structured import Structured, Sum, dense
-from jaxpeft.core.tap import Tap
 from jaxpeft.core.tree import leaves_with_paths
 
 Array = jax.Array
@@ -118,7 +116,7 @@ class Tuned:
         needs = together([method.needs for method in chosen.values()])
         own = {name: kwargs.pop(name, None) for name in needs.inputs}
         weights = self._weights(chosen, adapter, params, dropout_key, own)
-        taps = self._taps(chosen, adapter, params, dropout_key, own)
+        taps = taps_of(chosen, adapter, params, dropout_key, own)
         fn, front = self._lengthened(chosen, adapter, virtual, own, kwargs)
         kwargs = self._shift(needs) | kwargs
         report = refuse if self.strict else warn
@@ -236,37 +234,10 @@ class Tuned:
                 return leaf
             at_site = None if key is None else site_key(typed_key(key), path)
             leaves = spread(chosen[path], sites[path], adapter[path], own)
-            leaves = leaves | _shared(chosen[path], adapter)
+            leaves = leaves | shared_leaves(chosen[path], adapter)
             return named(tune_weight(chosen[path], sites[path], leaves, leaf, at_site), path)
 
         return tree.unflatten([tuned(path, leaf) for path, leaf in pairs])
-
-    def _taps(
-        self, chosen: dict[str, Method], adapter: Adapter, params: Any, key: Any, own: Any
-    ) -> dict[str, Tap]:
-        """The methods at call boundaries, by name, with their arrays."""
-        sites = [s for s in adapter.sites if s.path in chosen and chosen[s.path].call]
-        read = {path for site in sites for path in site.reads}
-        frozen = _read_weights(params, read) if read else {}
-        taps = {path: Tap(seen=True) for path in read if path not in frozen}
-        for site in sites:
-            method, stack, keys = chosen[site.path], site.sizes("stack"), None
-            if key is not None:
-                keys = site_key(typed_key(key), site.path)
-                keys = jax.random.split(keys, stack) if stack else keys
-            taps[site.path] = Tap(
-                spread(method, site, adapter[site.path], own),
-                keys,
-                {path: frozen[path] for path in site.reads if path in frozen},
-                _shared(method, adapter).get(SHARED, {}),
-                {name: own[name] for name in method.needs.inputs},
-                site=site,
-                call=method.call,
-                stack=len(stack),
-                reads=tuple(path for path in site.reads if path not in frozen),
-                seen=site.path in read,
-            )
-        return taps
 
     def _shift(self, needs: Needs) -> dict[str, int]:
         """The offset of positions that a prefix beside the sequence asks for."""
@@ -302,30 +273,6 @@ def _is_structured(leaf: Any) -> bool:
     return isinstance(leaf, Structured)
 
 
-def _shared(method: Method, adapter: Adapter) -> dict[str, Any]:
-    """The leaves that a method has in common with other sites, as it finds them."""
-    names = method.shared
-    return {SHARED: {name: adapter[shared_site(name).path] for name in names}} if names else {}
-
-
-def reading(site: Site, chosen: Mapping[str, Method], sites: Sequence[Site]) -> Site:
-    """The site with the paths of the parameters and boundaries that its method reads."""
-    method = chosen.get(site.path)
-    if method is None or not method.needs.reads:
-        return site
-    found: list[str] = []
-    for glob in (glob for read in method.needs.reads for glob in read(site)):
-        matches = compile_pattern(glob)
-        hits = [other.path for other in sites if matches(other.path, other)]
-        if not hits:
-            raise ValueError(
-                f"`{method.name}` at {site.path!r} reads {glob!r}: "
-                + unmatched(glob, [other.path for other in sites], "parameters and boundaries")
-            )
-        found += hits
-    return dataclasses.replace(site, reads=tuple(dict.fromkeys(found)))
-
-
 def _check_everywhere(chosen: Mapping[str, Method], sites: Sequence[Site]) -> None:
     everywhere = together([method.needs for method in chosen.values()]).everywhere
     without = [s.path for s in sites if everywhere and everywhere(s) and s.path not in chosen]
@@ -336,28 +283,8 @@ def _check_everywhere(chosen: Mapping[str, Method], sites: Sequence[Site]) -> No
         )
 
 
-def _read_weights(params: Any, paths: Any) -> dict[str, Any]:
-    pairs = leaves_with_paths(params, is_leaf=_is_structured)[0]
-    return {path: dense(leaf) for path, leaf in pairs if path in paths}
-
-
 def named(weight: Any, path: str) -> Any:
     return Sum((weight,), path) if isinstance(weight, Structured) else weight
-
-
-def typed_key(key: Any) -> Array:
-    if not hasattr(key, "dtype"):
-        raise TypeError(
-            f"expected a PRNG key such as jax.random.key(0), got {type(key).__name__}. "
-            "The call is tuned.init(key, params, *inputs)."
-        )
-    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return key if is_typed else jax.random.wrap_key_data(key)
-
-
-def site_key(key: Array, path: str) -> Array:
-    """A key of its own for each site, the same in every process."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
 
 
 def _marks(leaves: Any, fixed: Any, path: str, prefix: str = "") -> Any:

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxpeft.core.boundary import reading
 from jaxpeft.core.method import Method, resolve
 from jaxpeft.core.site import Site
-from jaxpeft.core.transform import Adapter, Tuned, reading
+from jaxpeft.core.transform import Adapter, Tuned
 from jaxpeft.flax import transform
 from jaxpeft.hf.collect import PeftFormatError, Stage
 from jaxpeft.hf.config import CONFIG

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxpeft.core.keys import site_key, typed_key
 from jaxpeft.core.rules import Rules, compile_pattern, unmatched
 from jaxpeft.core.site import Site
 from jaxpeft.core.structured import Structured
-from jaxpeft.core.transform import site_key, typed_key
 from jaxpeft.core.tree import leaves_with_paths
 from jaxpeft.quant import formats
 from jaxpeft.quant.formats import Format

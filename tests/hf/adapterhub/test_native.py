@@ -9,7 +9,9 @@ from jaxpeft.hf.adapterhub import load_adapterhub
 from jaxpeft.hf.native import describe
 from tests.hf.adapterhub.conftest import FIXTURES, base
 
-CASES = ("prefix_tuning", "prompt_tuning", "ia3_gated", "mam", "fusion_dynamic")
+CASES = (
+    "prefix_tuning", "prompt_tuning", "ia3_gated", "mam", "fusion_dynamic", "leave_out",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,0 +1,75 @@
+"""Methods at call boundaries: what they read, and the taps at which they work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxpeft.core.adapter import Adapter, shared_site
+from jaxpeft.core.keys import site_key, typed_key
+from jaxpeft.core.method import SHARED, Method, spread
+from jaxpeft.core.rules import compile_pattern, unmatched
+from jaxpeft.core.site import Site
+from jaxpeft.core.structured import Structured, dense
+from jaxpeft.core.tap import Tap
+from jaxpeft.core.tree import leaves_with_paths
+
+
+def reading(site: Site, chosen: Mapping[str, Method], sites: Sequence[Site]) -> Site:
+    """The site with the paths of the parameters and boundaries that its method reads."""
+    method = chosen.get(site.path)
+    if method is None or not method.needs.reads:
+        return site
+    found: list[str] = []
+    for glob in (glob for read in method.needs.reads for glob in read(site)):
+        matches = compile_pattern(glob)
+        hits = [other.path for other in sites if matches(other.path, other)]
+        if not hits:
+            raise ValueError(
+                f"`{method.name}` at {site.path!r} reads {glob!r}: "
+                + unmatched(glob, [other.path for other in sites], "parameters and boundaries")
+            )
+        found += hits
+    return dataclasses.replace(site, reads=tuple(dict.fromkeys(found)))
+
+
+def taps_of(
+    chosen: Mapping[str, Method], adapter: Adapter, params: Any, key: Any, own: Mapping[str, Any]
+) -> dict[str, Tap]:
+    """The methods at call boundaries, by name, with their arrays."""
+    sites = [s for s in adapter.sites if s.path in chosen and chosen[s.path].call]
+    read = {path for site in sites for path in site.reads}
+    frozen = _read_weights(params, read) if read else {}
+    taps = {path: Tap(seen=True) for path in read if path not in frozen}
+    for site in sites:
+        method, stack, keys = chosen[site.path], site.sizes("stack"), None
+        if key is not None:
+            keys = site_key(typed_key(key), site.path)
+            keys = jax.random.split(keys, stack) if stack else keys
+        taps[site.path] = Tap(
+            spread(method, site, adapter[site.path], own),
+            keys,
+            {path: frozen[path] for path in site.reads if path in frozen},
+            shared_leaves(method, adapter).get(SHARED, {}),
+            {name: own[name] for name in method.needs.inputs},
+            site=site,
+            call=method.call,
+            stack=len(stack),
+            reads=tuple(path for path in site.reads if path not in frozen),
+            seen=site.path in read,
+        )
+    return taps
+
+
+def shared_leaves(method: Method, adapter: Adapter) -> dict[str, Any]:
+    """The leaves that a method has in common with other sites, as it finds them."""
+    names = method.shared
+    return {SHARED: {name: adapter[shared_site(name).path] for name in names}} if names else {}
+
+
+def _read_weights(params: Any, paths: Any) -> dict[str, Any]:
+    pairs = leaves_with_paths(params, is_leaf=lambda x: isinstance(x, Structured))[0]
+    return {path: dense(leaf) for path, leaf in pairs if path in paths}
