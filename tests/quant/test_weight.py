@@ -14,12 +14,6 @@ from jaxpeft.quant.formats import dequantize, quantize
 
 TOKENS = jnp.array([[1, 2, 3, 4, 5], [5, 4, 3, 2, 1]])
 FORMATS = [jp.quant.nf4(), jp.quant.int8(), jp.quant.int4(block=32), jp.quant.fp8()]
-METHODS = {
-    "lora": jp.lora(4),
-    "ia3": jp.ia3(),
-    "bottleneck": jp.rules(("**/mlp:delta", jp.bottleneck(4))),
-    "prefix": jp.prefix_tuning(3),
-}
 
 
 def is_quantized(leaf):
@@ -68,19 +62,6 @@ def test_a_scanned_model_gives_what_the_unpacked_weights_give(fmt, decoder):
     np.testing.assert_allclose(y, expected, rtol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(exact), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_kind_of_method_works_on_a_quantized_base(name, decoder):
-    model, params = decoder
-    tuned = jp.transform(model, METHODS[name], strict=True)
-    packed = jp.quantize(params, jp.quant.nf4(), sites=tuned.sites(params, TOKENS))
-    adapter = some_values(tuned.init(jax.random.key(0), packed, TOKENS))
-    np.testing.assert_allclose(
-        tuned.apply(adapter, packed, TOKENS),
-        tuned.apply(adapter, unpacked(packed), TOKENS),
-        atol=1e-4,
-    )
 
 
 def test_merging_gives_dense_weights_that_agree(decoder):
