@@ -192,12 +192,6 @@ def _check_supported(values: Mapping[str, Any]) -> None:
     check_option(values, "position_embedding_type", ("absolute", None))
     check_option(values, "is_decoder", (False, None))
     check_option(values, "add_cross_attention", (False, None))
-    if values.get("quantization_config"):
-        kind = values["quantization_config"].get("quant_method")
-        raise ValueError(
-            f"quantization_config with quant_method={kind!r} is not supported. Supported: "
-            "unquantized safetensors."
-        )
 
 
 def _labels(values: Mapping[str, Any], task: str | None, labels: Any) -> tuple[str, ...]:

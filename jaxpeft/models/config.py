@@ -169,12 +169,6 @@ def _check_supported(values: Mapping[str, Any]) -> None:
         )
     if values.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act={values['hidden_act']!r} is not supported. Supported: silu.")
-    if values.get("quantization_config"):
-        kind = values["quantization_config"].get("quant_method")
-        raise ValueError(
-            f"quantization_config with quant_method={kind!r} is not supported. Supported: "
-            "unquantized safetensors, or a .gguf file, which is dequantized as it is read."
-        )
 
 
 def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:

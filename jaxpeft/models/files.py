@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxpeft.models.families import family_of, read_config
+from jaxpeft.models.packed_files import Packed, Stored, find_packed
+from jaxpeft.quant.formats import dequantize
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -21,13 +24,14 @@ class Checkpoint:
 
     `config` is what its family read; `shapes` maps Hugging Face tensor names to shapes; `read`
     gives one of these tensors as a numpy array in the stored (or dequantized) dtype; `where` names
-    the file for error messages.
+    the file for error messages; `packed` are those weights that the files hold packed.
     """
 
     config: Any
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
     where: str
+    packed: Mapping[str, Packed] = dataclasses.field(default_factory=dict)
 
 
 def open_directory(
@@ -49,16 +53,34 @@ def open_directory(
     """
     directory = Path(directory)
     values = read_json(directory / "config.json") | _pooling(directory)
+    quantization = values.pop("quantization_config", None)
     config = read_config(values, task, labels)
-    opened = {path: _open(path) for path in _weight_files(directory)}
-    owner = {name: file for file in opened.values() for name in file.keys()}
-    shapes = {name: tuple(f.get_slice(name).get_shape()) for name, f in owner.items()}
+    stored = {name: t for path in _weight_files(directory) for name, t in _tensors(path).items()}
+    packed, used = find_packed(quantization, stored) if quantization else ({}, set())
+    shapes = {name: tensor.shape for name, tensor in stored.items() if name not in used}
+    shapes |= {name: weight.shape for name, weight in packed.items()}
 
     def read(name: str) -> np.ndarray:
-        return owner[name].get_tensor(name)
+        return unpacked(packed[name]) if name in packed else _dense(name, stored[name])
 
     config = family_of(config.model_type).fit(config, shapes, read)
-    return Checkpoint(config, shapes, read, str(directory))
+    return Checkpoint(config, shapes, read, str(directory), packed)
+
+
+def unpacked(weight: Packed) -> np.ndarray:
+    """The dense weight (out, in), in float32."""
+    return np.asarray(dequantize(*weight.read())).T
+
+
+def _dense(name: str, tensor: Stored) -> np.ndarray:
+    value = tensor.read()
+    if value.dtype.name not in ("float64", "float32", "float16", "bfloat16"):
+        raise ValueError(
+            f"{name!r} in {tensor.file} is {value.dtype}{value.shape}, which is no dense weight, "
+            "and it has no scales beside it. Add quantization_config to config.json if the model "
+            "is quantized, or download its files again."
+        )
+    return value
 
 
 def _pooling(directory: Path) -> dict[str, str]:
@@ -101,9 +123,42 @@ def _weight_files(directory: Path) -> list[Path]:
     return paths
 
 
+def _tensors(path: Path) -> dict[str, Stored]:
+    """The tensors of a file; they are read when asked for."""
+    opened, names = _open(path)
+
+    def stored(name: str) -> Stored:
+        part = opened.get_slice(name)
+        kind = _FLOAT8.get(part.get_dtype())
+        plain = lambda: opened.get_tensor(name)  # noqa: E731
+        read = plain if kind is None else lambda: _read_float8(path, name, kind)
+        return Stored(tuple(part.get_shape()), read, str(path))
+
+    return {name: stored(name) for name in names}
+
+
+# The names that files have for what numpy has no dtype for, and safetensors does not read for it.
+_FLOAT8 = {
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E5M2": jnp.float8_e5m2,
+    "F8_E8M0": jnp.float8_e8m0fnu,
+}
+
+
+def _read_float8(path: Path, name: str, dtype: Any) -> np.ndarray:
+    """A tensor from the bytes of a file whose header safetensors has checked."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        about = json.loads(file.read(size))[name]
+        start, end = about["data_offsets"]
+        file.seek(8 + size + start)
+        return np.frombuffer(file.read(end - start), dtype).reshape(about["shape"])
+
+
 def _open(path: Path):
     try:
-        return safe_open(path, framework="numpy")
+        opened = safe_open(path, framework="numpy")
+        return opened, opened.keys()
     except SafetensorError as error:
         raise ValueError(
             f"{path} is damaged or no safetensors file: {error}. Download it again."

@@ -1,19 +1,22 @@
-"""Read a GGUF file (llama.cpp's format) as Hugging Face tensors, with numpy alone."""
+"""Read a GGUF file (llama.cpp's format) as Hugging Face tensors."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, ReaderTensor, dequantize
+from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
 
 from jaxpeft.models.config import DecoderConfig, RopeScaling, from_hf
 from jaxpeft.models.files import Checkpoint
 from jaxpeft.models.names import names
+from jaxpeft.models.packed_files import Packed, blamed
 from jaxpeft.models.rope import inverse_frequencies, llama3_divisors
+from jaxpeft.quant.formats import Quantized, from_gguf
 
 ARCHITECTURES = ("llama", "qwen2")
 _ROPE_FACTORS = "rope_freqs.weight"
+_FLOATS = tuple(getattr(GGMLQuantizationType, name) for name in ("F64", "F32", "F16", "BF16"))
 
 
 def find_gguf(path: str | Path) -> Path | None:
@@ -55,7 +58,7 @@ def open_reader(path: Path) -> GGUFReader:
 
 
 def open_gguf(path: str | Path) -> Checkpoint:
-    """A GGUF file as a checkpoint; quantized tensors are dequantized to float32 as they are read.
+    """A GGUF file as a checkpoint; quantized tensors are read packed, or dequantized to float32.
 
     Args:
         path: the file.
@@ -80,7 +83,12 @@ def open_gguf(path: str | Path) -> Checkpoint:
     def read(name: str) -> np.ndarray:
         return read_tensor(by_name[name], name, config, permuted)
 
-    return Checkpoint(config, shapes, read, str(path))
+    def packed(name: str) -> Packed:
+        pack = lambda: read_packed(by_name[name], name, config, permuted)  # noqa: E731
+        return Packed(shapes[name], lambda: blamed(name, str(path), pack))
+
+    quantized = [name for name, tensor in by_name.items() if tensor.tensor_type not in _FLOATS]
+    return Checkpoint(config, shapes, read, str(path), {name: packed(name) for name in quantized})
 
 
 def fields(reader: GGUFReader) -> dict[str, Any]:
@@ -107,12 +115,25 @@ def read_tensor(
 ) -> np.ndarray:
     """Dequantize a tensor, and undo llama.cpp's reordering of queries and keys."""
     values = dequantize(tensor.data, tensor.tensor_type)
+    heads = paired_heads(name, config) if permuted else None
+    return values if heads is None else unpermute(values, heads)
+
+
+def read_packed(
+    tensor: ReaderTensor, name: str, config: DecoderConfig, permuted: bool
+) -> Quantized:
+    """A tensor's blocks. They run along the inputs, so queries and keys are reordered by rows."""
+    heads = paired_heads(name, config) if permuted else None
+    data = tensor.data if heads is None else unpermute(tensor.data, heads)
+    return from_gguf(data, tensor.tensor_type.name)
+
+
+def paired_heads(name: str, config: DecoderConfig) -> int | None:
+    """How many heads a tensor has whose rows llama.cpp orders otherwise; None for most tensors."""
     kind = name.removesuffix(".weight").removesuffix(".bias")
-    if permuted and kind.endswith("q_proj"):
-        return unpermute(values, config.num_attention_heads)
-    if permuted and kind.endswith("k_proj"):
-        return unpermute(values, config.num_key_value_heads)
-    return values
+    if kind.endswith("q_proj"):
+        return config.num_attention_heads
+    return config.num_key_value_heads if kind.endswith("k_proj") else None
 
 
 def unpermute(values: np.ndarray, heads: int) -> np.ndarray:

@@ -1,9 +1,10 @@
 """Load Hugging Face weights into a Flax model."""
 
+import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from jaxpeft.models.files import Checkpoint, open_directory
 from jaxpeft.models.gguf import find_gguf, open_gguf
 from jaxpeft.models.model import Model
 from jaxpeft.models.names import Name
+from jaxpeft.models.packed_load import KEEP, keep_weight, pack_weight, plan
+from jaxpeft.quant import QuantizedWeight
 
 Weights = dict[str, Any]
 
@@ -35,15 +38,25 @@ def load(
     """Load a model from a Hugging Face directory, or a decoder from a GGUF file.
 
     One tensor is read at a time and written straight into its place among the stacked layers, so
-    that the peak is the model plus its largest stacked weight.
+    that the peak is the model plus its largest stacked weight. Quantized, it is packed before that:
+    no more than one layer of one weight is dense.
+
+    Directories may hold packed weights themselves (`quantization_config` in config.json):
+    bitsandbytes, GPTQ, AWQ, compressed-tensors and fp8. So may .gguf files. `quantize=None` makes
+    them dense, `"keep"` does not. The layers of a stack share one format; where a file mixes them
+    (Q4_K_M does) that weight becomes dense, with a warning which says how to pack it.
+    Activations stay floats, whatever the files say of them.
 
     Args:
         directory: holds `config.json` and safetensors (one file, or shards with their index), or
             exactly one `.gguf` file; or the path of a `.gguf` file.
         dtype: of the loaded weights.
         mesh: devices to spread the weights over. Each weight is split along its largest axis that
-            the mesh's first axis divides; the stack of layers is never split.
-        quantize: must be None for now.
+            the mesh's first axis divides; the stack of layers is never split. Packed arrays are
+            split along the same axis, as far as it divides them.
+        quantize: a format such as `jaxpeft.quant.nf4()`, or `rules((pattern, format), ...)`: the
+            result is that of `jaxpeft.quantize(params, quantize)`. "keep" in place of a format
+            leaves weights packed as the files have them, and others dense. None for dense weights.
         task: what the model is for, such as "sequence-classification"; None for what
             `architectures` in config.json says. Which tasks there are depends on the model.
         labels: the names of a classifier's classes, or their number; None for those in config.json.
@@ -57,19 +70,17 @@ def load(
     Raises:
         FileNotFoundError: there is no model at this path.
         ValueError: the architecture is unknown, it cannot do the task, or a tensor is missing, left
-            over or misshapen.
+            over or misshapen; a packed weight is damaged, of an unknown method, or cannot be
+            quantized as asked; there is nothing to "keep".
 
     Example:
         >>> model, params = load("path/to/SmolLM2-135M")  # doctest: +SKIP
         >>> logits = model.apply(params, tokens)  # doctest: +SKIP
+        >>> model, params = load("path/to/Llama", quantize=jp.quant.nf4())  # doctest: +SKIP
+        >>> model, params = load("path/to/Llama-AWQ", quantize="keep")  # doctest: +SKIP
         >>> model, params = load("path/to/bert", task="sequence-classification",
         ...                      labels=["no", "yes"])  # doctest: +SKIP
     """
-    if quantize is not None:
-        raise ValueError(
-            f"quantize={quantize!r} is not supported yet. Load with quantize=None and pass "
-            "the params to a quantizer."
-        )
     checkpoint = open_checkpoint(directory, task, labels)
     family, config = FAMILIES[checkpoint.config.model_type], checkpoint.config
 
@@ -83,12 +94,47 @@ def load(
     shapes = {path: tuple(leaf.shape) for path, (_, leaf) in abstract.items()}
     stored = _stored(checkpoint, rows, shapes, relabelled=labels is not None)
     fresh = _fresh(build, seed, [path for path in rows if not stored[path]])
+    packed = [path for path in rows if any(t in checkpoint.packed for t in stored[path])]
+    hows = plan(quantize, nnx.state(model), packed, checkpoint.where)
     loaded = []
     for path, (keys, leaf) in abstract.items():
-        name = rows[path]
-        value = fresh[path] if path in fresh else _read(checkpoint, stored[path], name, leaf)
-        loaded.append((keys, leaf.replace(_place(value, name, mesh))))
+        value = fresh.get(path)
+        source = _Source(checkpoint, stored[path], rows[path], leaf, value)
+        loaded.append((keys, leaf.replace(_place(source.get(hows.get(path)), rows[path], mesh))))
     return model, nnx.from_flat_state(loaded)
+
+
+class _Source(NamedTuple):
+    """Where a weight comes from: its tensors in a checkpoint, or `fresh` values."""
+
+    checkpoint: Checkpoint
+    tensors: Sequence[str]
+    name: Name
+    leaf: Any
+    fresh: Any
+
+    def get(self, how: Any) -> Any:
+        """The weight, dense for None, else packed in a format or as the checkpoint has it."""
+        if how == KEEP:
+            kept = keep_weight(self.checkpoint, self.tensors, self.name, self.leaf)
+            return self.dense() if kept is None else kept
+        if how is not None:
+            return pack_weight(self.layers(), how, self.name, self.leaf)
+        return self.dense() if self.fresh is None else self.fresh
+
+    def layers(self) -> Iterator[np.ndarray]:
+        """One layer after another."""
+        if self.fresh is not None:
+            yield from self.fresh if self.name.stacked else [self.fresh]
+        for tensor in self.tensors:
+            yield self.name.from_hf(self.checkpoint.read(tensor))
+
+    def dense(self) -> np.ndarray:
+        result = np.empty(self.leaf.shape, self.leaf.dtype)
+        rows = result if self.name.stacked else result[None]
+        for row, layer in zip(rows, self.layers(), strict=True):
+            row[...] = layer
+        return result
 
 
 def open_checkpoint(
@@ -184,18 +230,31 @@ def _fresh(build: Any, seed: int, paths: Sequence[str]) -> Weights:
     return init(jax.random.key(seed)) if paths else {}
 
 
-def _read(checkpoint: Checkpoint, tensors: Sequence[str], name: Name, leaf: Any) -> np.ndarray:
-    result = np.empty(leaf.shape, leaf.dtype)
-    rows = result if name.stacked else result[None]
-    for row, tensor in zip(rows, tensors, strict=True):
-        row[...] = name.from_hf(checkpoint.read(tensor))
-    return result
-
-
-def _place(values: np.ndarray | Array, name: Name, mesh: Mesh | None) -> Array:
+def _place(value: Any, name: Name, mesh: Mesh | None) -> Any:
+    if isinstance(value, QuantizedWeight):
+        return _place_packed(value, name, mesh)
     if mesh is None:
-        return jnp.asarray(values)
-    return jax.device_put(values, NamedSharding(mesh, spec(values.shape, name.stacked, mesh)))
+        return jnp.asarray(value)
+    return jax.device_put(value, NamedSharding(mesh, spec(value.shape, name.stacked, mesh)))
+
+
+def _place_packed(weight: QuantizedWeight, name: Name, mesh: Mesh | None) -> QuantizedWeight:
+    """Packed arrays `(stack..., in, out)`, split like the weight where blocks allow it."""
+    if mesh is None:
+        packed = {key: jnp.asarray(array) for key, array in weight.packed.items()}
+        return dataclasses.replace(weight, packed=packed)
+    whole = spec(weight.shape, name.stacked, mesh)
+    # Labels of an unviewed weight are its axes.
+    order = [axis for group in weight.groups for axis in group]
+    names = [whole[axis] if axis < len(whole) else None for axis in order]
+    size = mesh.shape[mesh.axis_names[0]]
+
+    def put(array: Any) -> Array:
+        axes = zip(names, array.shape, weight.packed_shape, strict=True)
+        parts = [n if full % d == 0 and d % size == 0 else None for n, d, full in axes]
+        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*parts)))
+
+    return dataclasses.replace(weight, packed={k: put(a) for k, a in weight.packed.items()})
 
 
 def spec(shape: tuple[int, ...], stacked: bool, mesh: Mesh) -> PartitionSpec:

@@ -45,6 +45,17 @@ class Name(NamedTuple):
         one = shape[1:] if self.stacked else shape
         return tuple(one[axis] for axis in np.argsort(self.axes)) if self.axes else one
 
+    def roles(self, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Which axes of the weight here are stack, input and output, of a matrix (out, in) there.
+
+        Example:
+            >>> Name("layers/up/kernel", "layers.{layer}.up.weight", axes=LINEAR).roles(3)
+            ((0,), (1,), (2,))
+        """
+        stack = (0,) if self.stacked else ()
+        first, second = (ndim - 2,), (ndim - 1,)
+        return (stack, first, second) if self.axes == LINEAR else (stack, second, first)
+
     def from_hf(self, value: np.ndarray) -> np.ndarray:
         """A layer's weight as it is here."""
         return value.transpose(self.axes) if self.axes else value

@@ -122,15 +122,36 @@ def canonical(weight: jax.Array, axes: Axes) -> jax.Array:
     return moved.reshape((*moved.shape[: len(stack)], size, -1))
 
 
-def choose(rules: Any, pairs: Any, sites: Mapping[str, Site]) -> dict[str, Format]:
-    """The format of each weight that is to be packed, by path."""
+def choose(
+    rules: Any,
+    pairs: Sequence[tuple[str, Any]],
+    sites: Mapping[str, Site] | None = None,
+    *,
+    words: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Which format each weight is to have; see `quantize`.
+
+    Args:
+        rules: a format, or rules.
+        pairs: paths and weights, of which shape and dtype are looked at.
+        sites: by path, how the model uses a weight.
+        words: what rules may say instead of a format.
+
+    Returns:
+        Formats (or words) by path, of the weights that are to have one.
+
+    Raises:
+        ValueError: a rule matches nothing.
+        TypeError: something is no format.
+    """
+    sites = sites or {}
     if isinstance(rules, Format):
         return {path: rules for path, leaf in pairs if _usual(path, leaf, rules, sites.get(path))}
     if not isinstance(rules, Rules):
         raise TypeError(f"rules are a format or rules((pattern, format), ...), got {rules!r}.")
-    found: dict[str, Format] = {}
+    found: dict[str, Any] = {}
     for where, fmt in rules.pairs:
-        if not isinstance(fmt, Format):
+        if not isinstance(fmt, Format) and fmt not in words:
             raise TypeError(f"quantize: {where!r} is paired with {fmt!r}, which is no format.")
         matches: Callable[[str, Any], bool] = compile_pattern(where)
         hits = [path for path, leaf in pairs if matches(path, leaf) and _is_matrix(leaf)]

@@ -50,7 +50,6 @@ def edit_tensors(directory, change):
         (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "needs low_freq_factor"),
         (dict(rope_scaling=dict(rope_type="linear")), "needs factor"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
-        (dict(quantization_config=dict(quant_method="gptq")), "quant_method='gptq'"),
         (dict(num_attention_heads=3, num_key_value_heads=2), "num_key_value_heads=2"),
         (
             dict(model_type="qwen2", use_sliding_window=True, max_window_layers=1),
@@ -138,11 +137,6 @@ def test_absent_shard(oracle, tmp_path):
     lost.unlink()
     with pytest.raises(FileNotFoundError, match=lost.name):
         load(tmp_path)
-
-
-def test_quantize_is_not_silently_ignored(oracle):
-    with pytest.raises(ValueError, match="quantize='nf4' is not supported yet"):
-        load(oracle("llama")[1], quantize="nf4")
 
 
 def test_mesh_spreads_the_weights_and_keeps_the_logits(oracle, tokens):
