@@ -4,8 +4,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -16,7 +17,9 @@ from jaxpeft.models.files import INDEX, WEIGHTS
 from jaxpeft.models.gguf import find_gguf
 from jaxpeft.models.model import Model
 from jaxpeft.models.names import Name
+from jaxpeft.models.packed_save import Writer, layer_of, writer
 from jaxpeft.models.tokenizer import load_tokenizer
+from jaxpeft.quant import QuantizedWeight
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -40,8 +43,13 @@ def save(
     *,
     tokenizer_from: str | Path | None = None,
     shard_bytes: int = 5 * 10**9,
+    quant_method: str | None = None,
 ) -> None:
     """Write `config.json` and safetensors, and the tokenizer's files when asked.
+
+    Quantized weights are written packed, as bitsandbytes (nf4, fp4, llm_int8) or
+    compressed-tensors (int4, int8, fp8, mxfp4, and nvfp4 with `inverse`) have them, which
+    transformers reads; `load(directory, quantize="keep")` gives the same arrays back.
 
     Everything is first written to a temporary directory beside the target and then renamed into
     place, so an interrupted save leaves no half-written file. `config.json` comes last.
@@ -49,12 +57,14 @@ def save(
     Args:
         directory: made when absent. Weights of an earlier save in it are replaced.
         model: of `load`, for its names and configuration; its leaves may be abstract.
-        params: its dense weights, all of one dtype.
+        params: its weights, all of one dtype; quantized ones count by the dtype that they show.
         tokenizer_from: the Hugging Face directory or GGUF file whose tokenizer to save along.
         shard_bytes: a larger model is split into several files of at most about this size.
+        quant_method: "gptq" or "awq" for int4 weights, in place of compressed-tensors.
 
     Raises:
-        ValueError: the weights do not fit the model, or have no dtype that transformers reads.
+        ValueError: the weights do not fit the model, have no dtype that transformers reads, or
+            are quantized in formats that do not go into one directory.
         FileNotFoundError: `tokenizer_from` does not exist.
 
     Example:
@@ -63,20 +73,27 @@ def save(
     """
     leaves = _leaves(model, params)
     dtype = _dtype(leaves)
+    packer = writer(model.names(), leaves, dtype, quant_method)
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as name:
         written = Path(name)
         if tokenizer_from is not None:
             _save_tokenizer(written, Path(tokenizer_from))
-        _save_weights(written, model, leaves, shard_bytes)
-        config = json.dumps(family_of(model.config.model_type).write(model.config, dtype), indent=2)
-        (written / "config.json").write_text(config + "\n", encoding="utf-8")
+        _save_weights(written, model, leaves, shard_bytes, packer)
+        config = family_of(model.config.model_type).write(model.config, dtype)
+        if packer is not None:
+            config["quantization_config"] = packer.config
+        (written / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _move(written, directory)
 
 
-def _leaves(model: Model, params: nnx.State) -> dict[str, np.ndarray]:
-    given = {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(params)}
+Leaves = dict[str, Any]  # arrays, and quantized weights
+
+
+def _leaves(model: Model, params: nnx.State) -> Leaves:
+    flat = nnx.to_flat_state(params)
+    given = {"/".join(map(str, path)): leaf.get_value() for path, leaf in flat}
     abstract = nnx.to_flat_state(nnx.state(model))
     wanted = {"/".join(map(str, path)): tuple(leaf.shape) for path, leaf in abstract}
     for path in sorted(wanted.keys() | given.keys()):
@@ -90,7 +107,7 @@ def _leaves(model: Model, params: nnx.State) -> dict[str, np.ndarray]:
     return given
 
 
-def _dtype(leaves: dict[str, np.ndarray]) -> str:
+def _dtype(leaves: Leaves) -> str:
     dtypes = sorted({str(leaf.dtype) for leaf in leaves.values()})
     if len(dtypes) != 1 or dtypes[0] not in _DTYPES:
         raise ValueError(
@@ -102,16 +119,16 @@ def _dtype(leaves: dict[str, np.ndarray]) -> str:
 
 
 def _save_weights(
-    directory: Path, model: Model, leaves: dict[str, np.ndarray], shard_bytes: int
+    directory: Path, model: Model, leaves: Leaves, shard_bytes: int, packer: Writer | None
 ) -> None:
     shards = list(_shards(model, leaves, shard_bytes))
     if len(shards) == 1:
-        _write(directory / WEIGHTS, shards[0], leaves)
+        _write(directory / WEIGHTS, shards[0], leaves, packer)
         return
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, shard in zip(files, shards, strict=True):
-        _write(directory / file, shard, leaves)
-    weight_map = {t: f for f, shard in zip(files, shards, strict=True) for t, _, _ in shard}
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(_write(directory / file, shard, leaves, packer), file)
     total = sum(leaf.nbytes for leaf in leaves.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -120,7 +137,7 @@ def _save_weights(
 Piece = tuple[str, Name, int]
 
 
-def _shards(model: Model, leaves: dict[str, np.ndarray], shard_bytes: int) -> Iterator[list[Piece]]:
+def _shards(model: Model, leaves: Leaves, shard_bytes: int) -> Iterator[list[Piece]]:
     shard: list[Piece] = []
     size = 0
     for name in model.names():
@@ -135,17 +152,25 @@ def _shards(model: Model, leaves: dict[str, np.ndarray], shard_bytes: int) -> It
     yield shard
 
 
-def _write(path: Path, shard: list[Piece], leaves: dict[str, np.ndarray]) -> None:
-    tensors = {}
+def _write(path: Path, shard: list[Piece], leaves: Leaves, packer: Writer | None) -> Iterable[str]:
+    """Writes a file, and gives the names of the tensors in it."""
+    tensors: dict[str, np.ndarray] = {}
     for tensor, name, layer in shard:
         leaf = leaves[name.path]
-        values = np.asarray(leaf[layer] if name.stacked else leaf)
-        tensors[tensor] = np.ascontiguousarray(name.to_hf(values))
+        if packer is not None and isinstance(leaf, QuantizedWeight):
+            module = tensor.removesuffix(".weight")
+            parts = packer.tensors(layer_of(leaf, name, layer))
+            tensors |= {f"{module}.{part}": array for part, array in parts.items()}
+        else:
+            tensors[tensor] = name.to_hf(np.asarray(leaf[layer] if name.stacked else leaf))
+    # safetensors writes the memory behind an array, whatever its strides.
+    tensors = {tensor: np.asarray(array, order="C") for tensor, array in tensors.items()}
     # safetensors makes files that their owner alone can read; these are like any other.
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(mode)
+    return tensors.keys()
 
 
 def _save_tokenizer(directory: Path, source: Path) -> None:
