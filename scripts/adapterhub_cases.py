@@ -156,6 +156,7 @@ BASES = {
             "par_bn": ParBnConfig(),
             "seq_bn_inv": SeqBnInvConfig(reduction_factor=4),
             "prefix_tuning": _PREFIX,
+            "prefix_tuning_gated": _FLAT.replace(use_gating=True, shared_gating=False),
             "prefix_tuning_encoder": _FLAT.replace(cross_prefix=False),
             "lora": LoRAConfig(r=2, alpha=6, **_ALL_LORA),
             "ia3": IA3Config(),

@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from flax import linen, nnx
 
 from jaxpeft.core.arguments import argument_names
 from jaxpeft.core.attention import mark_attention
-from jaxpeft.core.method import at_boundaries, methods_of, together
+from jaxpeft.core.method import at_boundaries, methods_of, resolve, together
+from jaxpeft.core.site import Site
 from jaxpeft.core.transform import Tuned
 from jaxpeft.core.transform import transform as transform_function
 from jaxpeft.flax.graph import nnx_function
@@ -60,7 +62,21 @@ def marks_for(model: Any, tuning: Any) -> Marks | None:
     beside = {virtual.length for virtual in needs.virtual if virtual.beside(provided)}
     if len(beside) > 1:
         raise ValueError(f"prefixes have {sorted(beside)} virtual tokens. Give them one length.")
-    return Marks(needs.grows, needs.attention, max(beside, default=0))
+    return Marks(needs.grows, needs.attention, _Beside(tuning) if beside else None)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Beside:
+    """The rows of a prefix beside the sequence, where the tuning has one."""
+
+    tuning: Any
+
+    def __call__(self, path: str, x: jax.Array) -> int:
+        shape, roles = (1, *x.shape[-2:]), ("stack", "in", "in")  # how deep is not known here
+        site = Site(path, shape, x.dtype.name, roles, uses=("call",))
+        found = resolve(self.tuning, [site], whole=False)
+        virtual = [v for method in found.values() for v in method.needs.virtual]
+        return max((v.length for v in virtual if v.beside(True)), default=0)
 
 
 def as_function(model: Any, marks: Marks | None = None) -> Callable[..., Any]:

@@ -19,12 +19,12 @@ class Marks(NamedTuple):
     Attributes:
         grows: `(glob, count)`: modules inside of which sequences have `count` more rows at the end.
         attention: whether the attentions are marked too.
-        beside: rows to put in front of the keys and values at points of these names.
+        beside: `(path, x) -> rows` to put in front of the keys or values `x` of an attention.
     """
 
     grows: tuple[tuple[str, int], ...] = ()
     attention: bool = False
-    beside: int = 0
+    beside: Callable[[str, jax.Array], int] | None = None
 
     def rows(self, path: str) -> int:
         """Rows that sequences are longer inside the module at `path` than around it."""
@@ -60,9 +60,11 @@ def mark_call(run: Callable[..., Any], path: str, args: Any, kwargs: Any, marks:
 def mark_point(path: str, x: jax.Array, sources: dict[str, Any], marks: Marks) -> jax.Array:
     """The call of the `Point` at `path`."""
     parent, _, name = path.rpartition("/")
+    path = f"{parent}:{name}"
     if marks.beside and name in ("key", "value"):
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(marks.beside, 0), (0, 0), (0, 0)])
-    return tap(x, f"{parent}:{name}", **{k: v() if callable(v) else v for k, v in sources.items()})
+        rows = marks.beside(path, x)
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(rows, 0), (0, 0), (0, 0)])
+    return tap(x, path, **{k: v() if callable(v) else v for k, v in sources.items()})
 
 
 def _first(values: Any, f: Callable[[jax.Array], jax.Array]) -> Any:

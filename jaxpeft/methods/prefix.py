@@ -54,7 +54,8 @@ def prefix_tuning(
             AdapterHub: for models that provide for it, such as this library's encoders, and the
             default there. By default "front" elsewhere.
         shift: where the prefix is "beside" the sequence, move tokens on by its length in positions
-            all the same, as in `peft`'s files for encoders.
+            all the same, as in `peft`'s files for encoders; in a T5, the tokens' keys alone, as in
+            AdapterHub's.
         gate: scale the prefix by `mean(sigmoid(h . g + b))` over the positions of what the
             attention is given, as in UniPELT: leaves `gate` (stack..., width) and `gate_bias`
             (stack...) more.

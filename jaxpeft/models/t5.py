@@ -59,8 +59,9 @@ class Attention(nnx.Module):
         q = self.query(self._heads(self.q(x)))
         k, v = read(self, x)
         k, v = self.key(k), self.value(v)
-        # A prefix in front of the keys has no relative position.
-        mask, bias = over_keys(visible, k), over_keys(bias, k)
+        if bias is not None:  # made for the keys of a prefix too, if that has positions
+            bias = over_keys(bias[..., : k.shape[1]], k)
+        mask = over_keys(visible, k)
         y = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=1.0)
         y = self.context(y, query=q)
         return self.o(y.reshape(*x.shape[:-1], -1))
@@ -139,9 +140,9 @@ class Stack(nnx.Module):
         self.one_sided, self.crossed = one_sided, crossed
         self.max_distance = config.relative_attention_max_distance
 
-    def bias(self, queries: Array, keys: Array) -> Array:
-        """`[1, N, T, S]` for query and key slots `[T]` and `[S]`; the decoder looks back only."""
-        behind = queries[:, None] - keys[None, :]
+    def bias(self, queries: Array, keys: int) -> Array:
+        """`[1, N, T, S]` for query slots `[T]` and the first keys; the decoder looks back only."""
+        behind = queries[:, None] - jnp.arange(keys)[None, :]
         distance = jnp.maximum(behind, 0) if self.crossed else jnp.abs(behind)
         table = jnp.asarray(distance_buckets(self.one_sided, self.max_distance))
         bucket = table[jnp.minimum(distance, self.max_distance)]
@@ -236,6 +237,7 @@ class T5(Model):
         decoder_mask: Array | None = None,
         cache: Cache | None = None,
         encoded: Array | None = None,
+        position_offset: int = 0,
     ) -> Array | tuple[Array, Cache]:
         """Next-token logits of the decoder.
 
@@ -248,6 +250,9 @@ class T5(Model):
                 first call puts the keys and values of the encoder's output in, and later ones
                 look at neither `tokens` nor `mask` nor `encoded`.
             encoded: `encode(tokens, mask=mask)`, where it is known already.
+            position_offset: length of a prefix that takes the first positions among the keys of
+                self-attentions. The other keys move on, but queries do not: so AdapterHub's library
+                counts. At 0 a prefix has no position, and its bias is 0.
 
         Returns:
             `float32[B, T, V]`; with a cache, `(logits, cache)`. Logits at padding are meaningless.
@@ -255,35 +260,40 @@ class T5(Model):
         y, slots = self.shared(decoder_tokens), jnp.arange(decoder_tokens.shape[1])
         decoder_mask = _mask(decoder_mask, decoder_tokens)
         if cache is None:
-            encoded, mask = self._reading(tokens, mask, encoded)
-            visible, bias = _causal(slots, slots, decoder_mask), self.decoder.bias(slots, slots)
+            encoded, mask = self._reading(tokens, mask, encoded, position_offset)
+            visible = _causal(slots, slots, decoder_mask)
+            bias = self.decoder.bias(slots, position_offset + len(slots))
             return self._logits(self._decode(y, bias, visible, encoded, mask))
         if "cross_mask" not in cache:
-            encoded, mask = self._reading(tokens, mask, encoded)
+            encoded, mask = self._reading(tokens, mask, encoded, position_offset)
             cache = cache | {"cross_mask": mask}
         start = cache["index"]
         cache = cache | {
             "mask": jax.lax.dynamic_update_slice(cache["mask"], decoder_mask, (0, start)),
             "index": start + len(slots),
         }
-        queries, keys = start + slots, jnp.arange(cache["mask"].shape[1])
-        visible, bias = _causal(queries, keys, cache["mask"]), self.decoder.bias(queries, keys)
+        queries, keys = start + slots, cache["mask"].shape[1]
+        visible = _causal(queries, jnp.arange(keys), cache["mask"])
+        bias = self.decoder.bias(queries, position_offset + keys)
         y, cache = self._decode_cached(y, bias, visible, encoded, cache, start)
         return self._logits(y), cache
 
-    def encode(self, tokens: Array, *, mask: Array | None = None) -> Array:
+    def encode(
+        self, tokens: Array, *, mask: Array | None = None, position_offset: int = 0
+    ) -> Array:
         """The encoder's output.
 
         Args:
             tokens: `int32[B, S]`.
             mask: `bool[B, S]`, False at padding, on whichever side.
+            position_offset: as for the call.
 
         Returns:
             `[B, S, D]` in the dtype of the weights, meaningless at padding.
         """
         slots = jnp.arange(tokens.shape[1])
         visible = _mask(mask, tokens)[:, None, None]
-        bias = self.encoder.bias(slots, slots)
+        bias = self.encoder.bias(slots, position_offset + len(slots))
 
         def step(x: Array, block: Block) -> tuple[Array, None]:
             return block(x, (Attention.project, bias, visible)), None
@@ -315,11 +325,11 @@ class T5(Model):
         }
 
     def _reading(
-        self, tokens: Array | None, mask: Array | None, encoded: Array | None
+        self, tokens: Array | None, mask: Array | None, encoded: Array | None, position_offset: int
     ) -> tuple[Array, Array]:
         """The encoder's output and which of it is no padding."""
         if encoded is None and tokens is not None:
-            encoded = self.encode(tokens, mask=mask)
+            encoded = self.encode(tokens, mask=mask, position_offset=position_offset)
         if encoded is None:
             raise ValueError(
                 "tokens=None, but nothing has been encoded: the cache is fresh and encoded=None. "

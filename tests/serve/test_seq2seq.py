@@ -75,6 +75,7 @@ TUNINGS = {
     "boundaries": jp.rules(("**/layer/*:delta", jp.bottleneck(2)), ("**/k:out", jp.bottleneck(2))),
     "prompt": jp.prompt_tuning(3),
     "prefix": jp.prefix_tuning(2),
+    "prefix with positions": jp.prefix_tuning(2, shift=True),
 }
 
 

@@ -77,6 +77,7 @@ def hub_prefix(
     shared: str = "prefix",
     gate: bool = False,
     dropout: float = 0.0,
+    shift: bool = False,
 ) -> Method:
     """AdapterHub's prefix tuning, whose reparameterization is one for all layers.
 
@@ -92,11 +93,12 @@ def hub_prefix(
         shared: the name under which the common leaves stand.
         gate: as for `prefix_tuning`.
         dropout: share of the prefix's entries that are dropped, when a key is given.
+        shift: as for `prefix_tuning`.
 
     Returns:
         A method for the sides ":key" and ":value" of attentions.
     """
-    plain = prefix_tuning(tokens, width=width, gate=gate)
+    plain = prefix_tuning(tokens, width=width, gate=gate, shift=shift)
     if hidden is None and not dropout:
         return plain
     act, (f, name) = plain.call, parts.activation_named(activation)
@@ -129,7 +131,7 @@ def hub_prefix(
 
     options = {
         "tokens": tokens, "hidden": hidden, "width": width, "activation": name, "shared": shared,
-        "gate": gate, "dropout": dropout,
+        "gate": gate, "dropout": dropout, "shift": shift,
     }  # fmt: skip
     return plain._replace(
         name="hub_prefix",

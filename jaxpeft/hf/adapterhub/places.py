@@ -48,6 +48,7 @@ class Places:
         embeddings: the module behind which prompts and invertible adapters are; its `module` is a
             prefix of the names of the latter.
         first_input: whether they are in front of the first layer of that module instead.
+        keys_move: whether a prefix moves keys on in their positions, but not queries.
     """
 
     prefix: str
@@ -57,6 +58,7 @@ class Places:
     blocks: tuple[Place, ...]
     embeddings: Place
     first_input: bool = False
+    keys_move: bool = False
 
 
 def places(config: Any) -> Places:
@@ -200,6 +202,7 @@ def _t5(config: Any) -> Places:
         ),
         Place("encoder/block", "encoder.", encoders),
         first_input=True,
+        keys_move=True,
     )
 
 

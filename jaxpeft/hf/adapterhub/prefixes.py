@@ -24,11 +24,6 @@ from jaxpeft.hf.files import some
 
 def pieces(part: Prefix, context: Context) -> Iterator[Piece]:
     """The methods of a configuration, at the keys and values of attentions."""
-    if "cross_prefix" in context.places.attentions:
-        raise AdapterHubFormatError(
-            "prefix tuning of a model with relative positions: the library moves keys on by the "
-            "length of the prefix, but not queries, which no model here does."
-        )
     if part.leave_out:
         raise AdapterHubFormatError("leave_out of prefix tuning: here all layers have a prefix.")
     for location, places in context.places.attentions.items():
@@ -46,6 +41,7 @@ def _at_attention(part: Prefix, place: Place, location: str, context: Context) -
         shared=shared,
         gate=part.use_gating,
         dropout=part.dropout,
+        shift=context.places.keys_move,
     )
     paths = (f"{place.path}:key", f"{place.path}:value")
     slots = [*_values(part, paths, shared, context)]
@@ -86,24 +82,30 @@ def parts(chosen: Mapping[str, Stage], context: Context) -> Iterator[tuple[Prefi
     places = context.places.attentions
     names = ("hub_prefix", "prefix_tuning")
     found = at_places(chosen, places, lambda p: (f"{p.path}:key", f"{p.path}:value"), names)
-    together = one_group(found, _options, "prefix tuning")
+    shift = context.places.keys_move
+    together = one_group(found, lambda one: _options(one, shift), "prefix tuning")
     if not together:
         return
     used = {one.option for one in together}
     required = {name for name in places if name not in ("encoder_prefix", "cross_prefix")}
     if not required <= used:
         raise AdapterHubFormatError(f"prefix tuning without {some(required - used)}.")
-    options = _options(together[0])
+    options = _options(together[0], shift)
     for name in {"encoder_prefix", "cross_prefix"} & places.keys():
         options[name] = name in used
     yield Prefix(**options), together
 
 
-def _options(found: Found) -> dict[str, Any]:
-    """What the library calls a method's options."""
+def _options(found: Found, shift: bool) -> dict[str, Any]:
+    """What the library calls a method's options; `shift` is what it does with positions."""
     options = found.options
+    if options["shift"] != shift:
+        raise AdapterHubFormatError(
+            f"a prefix with shift={options['shift']}: in the library it has shift={shift} in this "
+            "model."
+        )
     if found.method.name == "prefix_tuning":
-        if options["place"] not in ("", "beside") or options["shift"] or options["names"]:
+        if options["place"] not in ("", "beside") or options["names"]:
             raise AdapterHubFormatError(f"a prefix with {options}: here it is beside the sequence.")
         options = options | {"hidden": None, "dropout": 0.0}
     flat = options["hidden"] is None

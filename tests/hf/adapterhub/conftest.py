@@ -20,7 +20,7 @@ QUICK = {
     "bert/adapter_plus", "bert/compacter_shared", "bert/fusion_static", "bert/ia3_gated",
     "bert/leave_out", "bert/loreft", "bert/par_bn_ln", "bert/prompt_tuning", "bert/reduction_map",
     "bert/residual_post_add", "distilbert/seq_bn_inv", "roberta/lora", "t5/double_seq_bn",
-    "vit/prefix_tuning",
+    "t5/prefix_tuning_encoder", "vit/prefix_tuning",
 }  # fmt: skip
 
 

@@ -20,8 +20,7 @@ from tests.hf.adapterhub.conftest import FIXTURES, QUICK, bare, base, cases
 
 FUSIONS = [case for case in cases() if "fusion" in case]
 # Refused when they are read, and an old file, which comes back in today's form.
-NOT_AGAIN = {"bert/prefix_tuning_leave_out", "t5/prefix_tuning", "t5/prefix_tuning_encoder",
-             "bert/legacy"}  # fmt: skip
+NOT_AGAIN = {"bert/prefix_tuning_leave_out", "bert/legacy"}
 # What the library writes without using it.
 IDLE = {"bert/lora_gated": {"alpha"}}
 
@@ -223,6 +222,7 @@ def test_attentions_and_feed_forward_sublayers_may_have_other_options(tmp_path):
         ("bert", jp.rules(("encoder/layer:out", loreft(2, first=None))), "every position"),
         ("bert", jp.rules(("**/attention:{key,value}", jp.prefix_tuning(3, place="front"))),
          "beside the sequence"),
+        ("t5", jp.prefix_tuning(3), "in the library it has shift=True"),
         ("t5", jp.rules(("encoder/block/layer/0:delta", jp.bottleneck(4)),
                         ("**/block/layer/{1,2}:delta", jp.bottleneck(4))), "left out everywhere"),
         ("bert", jp.chain(houlsby(), houlsby()), "one after the other"),
