@@ -69,6 +69,8 @@ from jaxpeft.methods.qalora import qalora as qalora
 from jaxpeft.methods.reft import direft as direft
 from jaxpeft.methods.reft import loreft as loreft
 from jaxpeft.methods.reft import noreft as noreft
+from jaxpeft.methods.shadow import shadow as shadow
+from jaxpeft.methods.shadow import shadow_start as shadow_start
 from jaxpeft.quant import loftq as loftq
 from jaxpeft.quant import pissa as pissa
 from jaxpeft.quant import quantize as quantize

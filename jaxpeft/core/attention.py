@@ -110,7 +110,9 @@ class _Evaluation:
         def run(jaxpr: Any, consts: Any, args: Any, *_: Any) -> Values:
             return self.run(jaxpr, consts, args, (*place, index[id(jaxpr)]))
 
-        outs = control.RULES[eqn.primitive.name](eqn, values, control.Inner(run, {}, {}))
+        outs = control.RULES[eqn.primitive.name](
+            eqn, values, control.Inner(run, {}, control.Handed({}, {}))
+        )
         return lift.run(eqn, values) if outs is None else outs
 
     def first(self, eqn: Any, values: Values, attention: Attention) -> Values:

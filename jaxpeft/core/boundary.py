@@ -60,6 +60,7 @@ def taps_of(
             stack=len(stack),
             reads=tuple(path for path in site.reads if path not in frozen),
             seen=site.path in read,
+            states=method.needs.states,
         )
     return taps
 

@@ -51,12 +51,12 @@ def capture(fn: Callable[..., Any], where: Where) -> Callable[..., dict[str, jax
             raise ValueError(unmatched(where, names, "boundaries"))
         scope = Scope(warn, {name: Tap(seen=True) for name in found})
         evaluate(jaxpr, consts, [*weights, *inputs], scope)
-        lost = [name for name in found if name not in scope.seen]
+        lost = [name for name in found if name not in scope.handed.seen]
         if lost:
             raise ValueError(
                 f"{lost[0]!r} is inside of a loop or a branch that hands nothing out but its "
                 "results. Choose a boundary around it."
             )
-        return {name: scope.seen[name] for name in found}
+        return {name: scope.handed.seen[name] for name in found}
 
     return captured

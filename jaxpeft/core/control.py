@@ -19,25 +19,45 @@ from jaxpeft.core.structured import Structured, restack, unstack
 Values = list[Any]
 
 
+class Handed(NamedTuple):
+    """What boundaries hand to others: values that methods read elsewhere, and methods' states."""
+
+    seen: dict[str, Any]
+    states: dict[str, Any]
+
+
 class Inner(NamedTuple):
     """How to evaluate a program inside.
 
-    `run(jaxpr, consts, args, taps, seen)` evaluates it with the methods `taps` at work in it, and
-    puts into `seen` what their boundaries hand to other methods. `taps` are those around it, and
-    `seen` takes what was seen in it.
+    `run(jaxpr, consts, args, taps, handed)` evaluates it with the methods `taps` at work in it, and
+    puts into `handed` what their boundaries hand to other methods. `taps` are those around it, and
+    `handed` takes what was handed on in it.
     """
 
-    run: Callable[[Any, Sequence[Any], Sequence[Any], Any, dict[str, Any]], Values]
+    run: Callable[[Any, Sequence[Any], Sequence[Any], Any, Handed], Values]
     taps: dict[str, Any]
-    seen: dict[str, Any]
+    handed: Handed
 
     def __call__(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> Values:
-        return self.run(jaxpr, consts, args, self.taps, self.seen)
+        return self.run(jaxpr, consts, args, self.taps, self.handed)
 
-    def apart(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], taps: Any) -> Any:
-        """The outputs, and what was seen: for a body that JAX traces on its own."""
-        seen: dict[str, Any] = {}
-        return self.run(jaxpr, consts, args, taps, seen), seen
+    def apart(
+        self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], taps: Any, states: Any
+    ) -> tuple[Values, dict[str, Any], dict[str, Any]]:
+        """The outputs, what was seen, and the states: for a body that JAX traces on its own."""
+        handed = Handed({}, dict(states))
+        return self.run(jaxpr, consts, args, taps, handed), handed.seen, handed.states
+
+    @property
+    def states(self) -> dict[str, Any]:
+        """The states that methods inside take up, as they are in front of it."""
+        inside = {name for tap in self.taps.values() for name in tap.states}
+        return {name: v for name, v in self.handed.states.items() if name in inside}
+
+    def hand_on(self, seen: dict[str, Any], states: dict[str, Any]) -> None:
+        """Takes what a body has handed out."""
+        self.handed.seen.update(seen)
+        self.handed.states.update(states)
 
 
 class Scan(NamedTuple):
@@ -105,12 +125,12 @@ def checkpoint(eqn: Any, values: Values, inner: Inner) -> Values | None:
         return None
     jaxpr, consts = open_jaxpr(eqn.params["jaxpr"])
     again = jax.checkpoint(
-        lambda args: inner.apart(jaxpr, consts, args, inner.taps),
+        lambda args, states: inner.apart(jaxpr, consts, args, inner.taps, states),
         prevent_cse=eqn.params["prevent_cse"],
         policy=eqn.params["policy"],
     )
-    outs, seen = again(values)
-    inner.seen.update(seen)
+    outs, seen, states = again(values, inner.states)
+    inner.hand_on(seen, states)
     return outs
 
 
@@ -119,11 +139,19 @@ def cond(eqn: Any, values: Values, inner: Inner) -> Values | None:
         return None
     index, *operands = values
 
-    def branch(closed: Any) -> Callable[[Values], Values]:
+    def branch(closed: Any) -> Callable[[Values, Any], tuple[Values, Any]]:
         jaxpr, consts = open_jaxpr(closed)
-        return lambda args: _dense(inner.apart(jaxpr, consts, args, inner.taps)[0])
 
-    return lax.switch(index, [branch(closed) for closed in eqn.params["branches"]], operands)
+        def run(args: Values, states: Any) -> tuple[Values, Any]:
+            outs, _, after = inner.apart(jaxpr, consts, args, inner.taps, states)
+            return _dense(outs), _same(after, states)
+
+        return run
+
+    branches = [branch(closed) for closed in eqn.params["branches"]]
+    outs, states = lax.switch(index, branches, operands, inner.states)
+    inner.hand_on({}, states)
+    return outs
 
 
 def scan(eqn: Any, values: Values, inner: Inner) -> Values | None:
@@ -139,20 +167,20 @@ def scan(eqn: Any, values: Values, inner: Inner) -> Values | None:
     layers, rebuild = _transposed(stacks)
     stacked = {name: tap.stacked for name, tap in inner.taps.items() if tap.stack}
 
-    def body(carry: Values, xs: tuple[Values, Any]) -> tuple[Values, Any]:
-        slices, taps = xs
+    def body(before: tuple[Values, Any], xs: tuple[Values, Any]) -> tuple[Any, Any]:
+        (carry, states), (slices, taps) = before, xs
         here = inner.taps | {name: inner.taps[name].layer(part) for name, part in taps.items()}
         weights = [build(part) for build, part in zip(rebuild, slices, strict=True)]
         args = [*consts, *_fill(fixed, carry), *weights]
-        outs, seen = inner.apart(jaxpr, jaxpr_consts, args, here)
+        outs, seen, after = inner.apart(jaxpr, jaxpr_consts, args, here, states)
         carry_out, ys = outs[: spec.carry], outs[spec.carry :]
         ys = [y if _stacks(y) else _dense([y])[0] for y in ys]
-        return [c for c, f in zip(carry_out, fixed, strict=True) if f is None], (ys, seen)
+        return (_changing(carry_out, fixed), _same(after, states)), (ys, seen)
 
-    start = [c for c, f in zip(init, fixed, strict=True) if f is None]
-    end, out = lax.scan(body, start, (layers, stacked), spec.length, spec.reverse, spec.unroll)
-    inner.seen.update(out[1])
-    return [*_fill(fixed, end), *(restack(y) for y in out[0])]
+    start, over = (_changing(init, fixed), inner.states), (layers, stacked)
+    (end, states), (ys, seen) = lax.scan(body, start, over, spec.length, spec.reverse, spec.unroll)
+    inner.hand_on(seen, states)
+    return [*_fill(fixed, end), *(restack(y) for y in ys)]
 
 
 def while_loop(eqn: Any, values: Values, inner: Inner) -> Values | None:
@@ -166,16 +194,17 @@ def while_loop(eqn: Any, values: Values, inner: Inner) -> Values | None:
     if fixed is None:
         return None
 
-    def step(carry: Values) -> Values:
-        args = [*body_consts, *_fill(fixed, carry)]
-        outs, _ = inner.apart(body, body_closed, args, inner.taps)
-        return [c for c, f in zip(outs, fixed, strict=True) if f is None]
+    def step(before: tuple[Values, Any]) -> tuple[Values, Any]:
+        args = [*body_consts, *_fill(fixed, before[0])]
+        outs, _, after = inner.apart(body, body_closed, args, inner.taps, before[1])
+        return _changing(outs, fixed), _same(after, before[1])
 
-    def go_on(carry: Values) -> Any:
-        args = [*test_consts, *_fill(fixed, carry)]
-        return inner.apart(test, test_closed, args, inner.taps)[0][0]
+    def go_on(before: tuple[Values, Any]) -> Any:
+        args = [*test_consts, *_fill(fixed, before[0])]
+        return inner.apart(test, test_closed, args, inner.taps, before[1])[0][0]
 
-    end = lax.while_loop(go_on, step, [c for c, f in zip(init, fixed, strict=True) if f is None])
+    end, states = lax.while_loop(go_on, step, (_changing(init, fixed), inner.states))
+    inner.hand_on({}, states)
     return _fill(fixed, end)
 
 
@@ -198,6 +227,16 @@ def _fixed(init: Values, handed_on: list[bool]) -> Values | None:
 def _fill(fixed: Values, changing: Values) -> Values:
     rest = iter(changing)
     return [next(rest) if weight is None else weight for weight in fixed]
+
+
+def _same(after: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """The states that went into a body; one that began in it ends with it."""
+    return {name: after[name] for name in before}
+
+
+def _changing(carried: Values, fixed: Values) -> Values:
+    """What a loop carries but for the weights that it never changes."""
+    return [value for value, weight in zip(carried, fixed, strict=True) if weight is None]
 
 
 def _stacks(value: Any) -> bool:

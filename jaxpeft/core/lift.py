@@ -154,7 +154,7 @@ class Scope:
         report: told of each weight that becomes dense.
         taps: methods at work at call boundaries, by name; of a stack inside a scan, one layer's.
         reached: collects the names of the boundaries that were met.
-        seen: collects what boundaries hand to methods at other ones.
+        handed: collects what boundaries hand to methods at other ones.
         source: the line that the program was called from, for equations without one.
         env: the program's values so far.
         broadcasts: the equations that broadcast a value, by result.
@@ -164,7 +164,7 @@ class Scope:
     report: Report
     taps: dict[str, Tap] = dataclasses.field(default_factory=dict)
     reached: set[str] = dataclasses.field(default_factory=set)
-    seen: dict[str, Any] = dataclasses.field(default_factory=dict)
+    handed: control.Handed = dataclasses.field(default_factory=lambda: control.Handed({}, {}))
     source: str = ""
     env: dict[Any, Any] = dataclasses.field(default_factory=dict)
     broadcasts: dict[Any, Any] = dataclasses.field(default_factory=dict)
@@ -175,14 +175,14 @@ class Scope:
         held = {boundary.name for boundary in inside(eqn)} if self.taps else set()
 
         def run_inside(
-            jaxpr: Any, consts: Any, args: Any, taps: dict[str, Tap], seen: dict[str, Any]
+            jaxpr: Any, consts: Any, args: Any, taps: dict[str, Tap], handed: control.Handed
         ) -> Values:
             source = _source(eqn) or self.source
-            scope = Scope(self.report, taps, self.reached, seen, source)
+            scope = Scope(self.report, taps, self.reached, handed, source)
             return evaluate(jaxpr, consts, args, scope)
 
         taps = {name: tap for name, tap in self.taps.items() if name in held}
-        return control.Inner(run_inside, taps, self.seen)
+        return control.Inner(run_inside, taps, self.handed)
 
     def read(self, atom: Any) -> Any:
         return atom.val if isinstance(atom, jex.Literal) else self.env[atom]
@@ -299,7 +299,8 @@ def _at_tap(eqn: Any, values: Values, scope: Scope) -> Any:
         return values[0]
     tap = scope.taps[name]
     scope.reached.add(name)
-    unseen = [path for path in tap.reads if path not in scope.seen]
+    seen, states = scope.handed
+    unseen = [path for path in tap.reads if path not in seen]
     if unseen:
         raise ValueError(
             f"the method at {name!r} reads {unseen[0]!r}, which has not been computed there. "
@@ -307,9 +308,10 @@ def _at_tap(eqn: Any, values: Values, scope: Scope) -> Any:
         )
     value, *others = (_dense(eqn, value, scope) for value in values)
     sources = dict(zip(eqn.params["sources"], others, strict=True))
-    result = tap(value, sources | {path: scope.seen[path] for path in tap.reads})
+    result, changed = tap(value, sources | {path: seen[path] for path in tap.reads}, states)
+    states.update(changed)
     if tap.seen:
-        scope.seen[name] = result
+        seen[name] = result
     return result
 
 

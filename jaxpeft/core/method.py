@@ -28,6 +28,9 @@ class Needs(NamedTuple):
         grows: `(glob, count)`: modules inside of which sequences are `count` rows longer, the new
             rows last.
         everywhere: `(site) -> bool`: sites that must all have the method, or none.
+        states: names of values that its sites hand on from one to the next, in the order of the
+            program: `call` finds those of the sites in front as `here.states`, and returns `(x,
+            states)` with those that it changes. A loop carries a state that began in front of it.
     """
 
     virtual: tuple[Virtual, ...] = ()
@@ -36,6 +39,7 @@ class Needs(NamedTuple):
     attention: bool = False
     grows: tuple[tuple[str, int], ...] = ()
     everywhere: Callable[[Site], bool] | None = None
+    states: tuple[str, ...] = ()
 
 
 def together(needs: Sequence[Needs]) -> Needs:
@@ -47,6 +51,7 @@ def together(needs: Sequence[Needs]) -> Needs:
         any(need.attention for need in needs),
         tuple(dict.fromkeys(grow for need in needs for grow in need.grows)),
         next((need.everywhere for need in needs if need.everywhere), None),
+        tuple(dict.fromkeys(name for need in needs for name in need.states)),
     )
 
 
@@ -62,7 +67,8 @@ class Method(NamedTuple):
         weight: `(site, leaves, weight, key) -> array or Structured`, the tuned weight. `key` is a
             typed PRNG key for dropout, or None.
         call: `(site, leaves, x, here) -> x`, the tuned activations `(..., features)`; `here` is a
-            `jaxpeft.core.tap.Here`. Inside a scan the leaves are those of one layer.
+            `jaxpeft.core.tap.Here`. Inside a scan the leaves are those of one layer. With
+            `needs.states` it returns `(x, states)`.
         fits: `(site) -> bool`, where the method can work.
         bare: `(site) -> bool`, where it goes when given to `transform` without rules.
         options: the factory's arguments, for files and reports.
@@ -189,6 +195,7 @@ def compose(methods: Sequence[Method | None]) -> Method:
     """Methods one after the other at one site; the leaves of each stand under its number."""
     stages = {str(i): method for i, method in enumerate(methods) if method is not None}
     boundary = any(method.call for method in stages.values())
+    needs = together([method.needs for method in stages.values()])
 
     def init(key: Array, site: Site, weight: Any) -> Leaves:
         return {
@@ -206,11 +213,16 @@ def compose(methods: Sequence[Method | None]) -> Method:
         return weight
 
     def called(site: Site, leaves: Leaves, x: Any, here: Here) -> Any:
+        changed: dict[str, Any] = {}
         for name, method in stages.items():
             assert method.call is not None
-            at_stage = here._replace(key=_fold(here.key, name))
+            states = {**here.states, **changed}
+            at_stage = here._replace(key=_fold(here.key, name), states=states)
             x = method.call(site, stage(leaves, name), x, at_stage)
-        return x
+            if method.needs.states:
+                x, after = x
+                changed |= after
+        return (x, changed) if needs.states else x
 
     return Method(
         name="+".join(method.name for method in stages.values()),
@@ -222,7 +234,7 @@ def compose(methods: Sequence[Method | None]) -> Method:
         fixed=tuple(f"{n}/{leaf}" for n, method in stages.items() for leaf in method.fixed),
         call=called if boundary else None,
         shared={n: start for method in stages.values() for n, start in method.shared.items()},
-        needs=together([method.needs for method in stages.values()]),
+        needs=needs,
         spread=spread_stages(stages),
     )
 

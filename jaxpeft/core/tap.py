@@ -79,12 +79,24 @@ class Here(NamedTuple):
             output), and those that the method reads from other boundaries, by their names.
         weights: the frozen parameters that the method reads, by path; of this layer in a scan.
         inputs: keyword arguments of `apply` that are the method's own, such as `task_ids`.
+        states: what the method's sites in front of this one have handed on, by name.
     """
 
     key: jax.Array | None = None
     sources: Mapping[str, Any] = {}
     weights: Mapping[str, Any] = {}
     inputs: Mapping[str, Any] = {}
+    states: Mapping[str, Any] = {}
+
+    def state(self, name: str, path: str) -> Any:
+        """The state `name` as the site in front of that at `path` has left it."""
+        if name not in self.states:
+            raise ValueError(
+                f"the method at {path!r} takes up {name!r}, which no site in front of it has "
+                "begun, or one inside of another loop, with which it ended. Let the rules match "
+                "the boundary where it begins too."
+            )
+        return self.states[name]
 
 
 @node
@@ -106,13 +118,20 @@ class Tap:
     stack: int = static(default=0)
     reads: tuple[str, ...] = static(default=())
     seen: bool = static(default=False)
+    states: tuple[str, ...] = static(default=())
 
-    def __call__(self, x: jax.Array, sources: Mapping[str, Any]) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, sources: Mapping[str, Any], states: Mapping[str, Any]
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """The tuned activations, and the states that the method hands on."""
         if self.call is None:
-            return x
-        here = Here(self.key, sources, self.weights, self.inputs)
+            return x, {}
+        mine = {name: states[name] for name in self.states if name in states}
+        here = Here(self.key, sources, self.weights, self.inputs, mine)
         leaves = {**self.leaves, "shared": self.shared} if self.shared else self.leaves
-        return self.call(self.site, leaves, x, here).astype(x.dtype)
+        result = self.call(self.site, leaves, x, here)
+        y, changed = result if self.states else (result, {})
+        return y.astype(x.dtype), as_before(changed, mine)
 
     @property
     def stacked(self) -> Any:
@@ -125,6 +144,12 @@ class Tap:
         return dataclasses.replace(
             self, leaves=leaves, key=key, weights=weights, stack=self.stack - 1
         )
+
+
+def as_before(changed: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """States in the dtypes that they had, so that a loop can carry them."""
+    cast = lambda new, old: new.astype(old.dtype)  # noqa: E731
+    return {n: jax.tree.map(cast, v, before[n]) if n in before else v for n, v in changed.items()}
 
 
 class Boundary(NamedTuple):

@@ -55,10 +55,12 @@ def as_method(tuning: Any, name: str) -> Method:
     found = tuning
     if isinstance(tuning, Chain) and all(isinstance(m, Method) for m in tuning.tunings):
         found = compose(tuning.tunings)
-    if isinstance(found, Method) and found.call is not None:
+    if isinstance(found, Method) and found.call is not None and not found.needs.states:
         return found
     shown = tuning.name if isinstance(tuning, Method) else tuning
-    raise TypeError(f"{name}() is made of methods at call boundaries, not of {shown!r}.")
+    raise TypeError(
+        f"{name}() is made of methods at call boundaries that hand on no state, not of {shown!r}."
+    )
 
 
 def stage(leaves: Leaves, name: str, here: Here) -> tuple[Leaves, Here]:

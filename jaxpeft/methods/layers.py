@@ -20,7 +20,7 @@ from jaxpeft.core.rules import Chain, Rules
 from jaxpeft.core.scaled import Scaled
 from jaxpeft.core.site import Site
 from jaxpeft.core.structured import Structured, Sum, apply_view, dense
-from jaxpeft.core.tap import Here
+from jaxpeft.core.tap import Here, as_before
 
 Array = jax.Array
 
@@ -86,11 +86,18 @@ def in_layers(method: Method, select: tuple[int, ...] | slice) -> Method:
         changed = tune_weight(method, site, leaves, weight, key)
         return _where(on, changed, weight, _axis(site))
 
-    def call(site: Site, leaves: Leaves, x: Array, here: Here) -> Array:
+    def call(site: Site, leaves: Leaves, x: Array, here: Here) -> Any:
         leaves, act = dict(leaves), method.call
         on = leaves.pop(OPTION)
         assert act is not None
-        return lax.cond(on, lambda: act(site, leaves, x, here).astype(x.dtype), lambda: x)
+        if not method.needs.states:
+            return lax.cond(on, lambda: act(site, leaves, x, here).astype(x.dtype), lambda: x)
+
+        def changed() -> tuple[Array, dict[str, Any]]:
+            y, states = act(site, leaves, x, here)
+            return y.astype(x.dtype), {**here.states, **as_before(states, here.states)}
+
+        return lax.cond(on, changed, lambda: (x, dict(here.states)))
 
     def spread(site: Site, leaves: Leaves, inputs: Mapping[str, Any]) -> Leaves:
         whole = _whole(method, site, leaves, _numbers(select, site))

@@ -1,0 +1,159 @@
+"""ShadowPEFT against PEFT on a tiny Llama, with the state starting as PEFT's own parts start it."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from peft.tuners.shadow.model import _TokenShadowBackbone
+
+import jaxpeft as jp
+from jaxpeft.methods.shadow import shadow, shadow_start
+from jaxpeft.models import load
+from tests.hf.conftest import PEFT_WARNINGS
+from tests.methods.quick import IDS, decoder, filled, quick
+from tests.models.tiny import oracle, tokens  # noqa: F401
+
+pytestmark = PEFT_WARNINGS
+RANK, HIDDEN, WIDTH = 3, 5, 6
+
+
+class Embeddings(torch.nn.Module):
+    """A backbone that hands on what it is given."""
+
+    def forward(self, inputs_embeds, **kwargs):
+        return types.SimpleNamespace(last_hidden_state=inputs_embeds, past_key_values=None)
+
+
+def wrapped(model, backbone, projection):
+    config = peft.ShadowConfig(
+        r=RANK, update_hidden_size=HIDDEN, shadow_alpha=0.7, init_weights=False,
+        auxiliary_loss_weight=0.0, shadow_dropout=0.3, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    wrap = peft.get_peft_model(model, config)
+    wrap.base_model.shadow_backbone["default"] = backbone
+    wrap.base_model.shadow_projection["default"] = projection
+    return wrap.eval()
+
+
+def stacked(wrap, name):
+    """The weights of a linear map of each layer, (layers, out, in)."""
+    layers = wrap.base_model.model.model.layers
+    maps = [layer.get_submodule(f"shadow_{name}") for layer in layers]
+    found = {"weight": np.stack([m.weight.detach() for m in maps])}
+    return found | ({"bias": np.stack([m.bias.detach() for m in maps])} if m_has_bias(maps) else {})
+
+
+def m_has_bias(maps):
+    return maps[0].bias is not None
+
+
+def network(wrap, name):
+    first, second = (stacked(wrap, f"update_{name}.default.{i}") for i in (0, 2))
+    return {
+        "down": first["weight"], "down_bias": first["bias"],
+        "up": second["weight"].swapaxes(1, 2), "up_bias": second["bias"],
+    }  # fmt: skip
+
+
+def backbone_leaves(net, out):
+    blocks = net.blocks
+    t = lambda x: np.asarray(x.detach())  # noqa: E731
+    return {
+        "in": t(net.proj_in.weight).T, "in_bias": t(net.proj_in.bias), "out": t(out.weight).T,
+        "scale": np.stack([t(b[0].weight) for b in blocks]),
+        "bias": np.stack([t(b[0].bias) for b in blocks]),
+        "first": np.stack([t(b[1].weight).T for b in blocks]),
+        "first_bias": np.stack([t(b[1].bias) for b in blocks]),
+        "second": np.stack([t(b[3].weight).T for b in blocks]),
+        "second_bias": np.stack([t(b[3].bias) for b in blocks]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_it_equals_peft(oracle, tokens, blocks):  # noqa: F811
+    torch_model, directory = oracle("llama")
+    model, params = load(directory)
+    d = model.config.hidden_size
+    net, out = Embeddings(), torch.nn.Identity()
+    if blocks:
+        torch.manual_seed(1)
+        net = _TokenShadowBackbone(d, WIDTH, blocks, WIDTH)
+        out = torch.nn.Linear(WIDTH, d, bias=False)
+    wrap = wrapped(torch_model, net, out)
+    inputs = torch.tensor(tokens)
+    logits = wrap(input_ids=inputs, use_cache=False).logits
+    torch.sin(logits).sum().backward()
+
+    method = shadow(RANK, hidden=HIDDEN, alpha=0.7, dropout=0.3, blocks=blocks, width=WIDTH)
+    tuned = jp.transform(model, method)
+    shapes = jax.eval_shape(tuned.init, jax.random.key(0), params, tokens)
+    at_start = backbone_leaves(net, out) if blocks else {}
+    leaves = {
+        "embed_tokens:out": at_start,
+        "layers:in": {
+            "down": stacked(wrap, "down.default")["weight"],
+            "up": stacked(wrap, "up.default")["weight"].swapaxes(1, 2),
+        },
+        "layers:out": {"candidate": network(wrap, "transform"), "gate": network(wrap, "gate")},
+    }
+    adapter = jp.Adapter(jax.tree.map(jnp.asarray, leaves), shapes.sites)
+    assert jax.tree.map(jnp.shape, dict(adapter)) == jax.tree.map(jnp.shape, dict(shapes))
+
+    def loss(adapter):
+        y = tuned.apply(adapter, params, tokens)
+        return jnp.sin(y).sum(), (y, shadow_start(tuned, adapter, params, tokens))
+
+    grads, (y, first) = quick(jax.grad(loss, has_aux=True))(adapter)
+    np.testing.assert_allclose(y, logits.detach(), rtol=1e-4, atol=1e-4)
+    seed = wrap.base_model._seed_shadow_state.detach()
+    np.testing.assert_allclose(first, seed, rtol=1e-4, atol=1e-5)
+    layers = wrap.base_model.model.model.layers
+    for i, layer in enumerate(layers):
+        for mine, theirs in (
+            (grads["layers:in"]["down"][i], layer.shadow_down["default"].weight),
+            (grads["layers:in"]["up"][i].T, layer.shadow_up["default"].weight),
+            (grads["layers:out"]["gate"]["down"][i], layer.shadow_update_gate["default"][0].weight),
+        ):
+            np.testing.assert_allclose(mine, _grad(theirs), rtol=1e-3, atol=1e-4)
+    if blocks:
+        np.testing.assert_allclose(
+            grads["embed_tokens:out"]["in"].T, _grad(net.proj_in.weight), rtol=1e-3, atol=1e-4
+        )
+    wrap.unload()
+
+
+def _grad(weight):
+    return np.zeros(weight.shape) if weight.grad is None else weight.grad
+
+
+def test_with_a_cache_it_generates_the_same_tokens():
+    (model, params), ids = decoder(), IDS
+    tuned = jp.transform(model, shadow(2, alpha=1.0, blocks=1))
+    adapter = filled(jax.eval_shape(tuned.init, jax.random.key(0), params, ids))
+    cache = model.init_cache(2, 5, jnp.float32)
+    new = jp.serve.generate(tuned.apply, (adapter, params), ids, cache=cache, max_new_tokens=2)
+    text = ids
+    for _ in range(2):
+        step = tuned.apply(adapter, params, text)[:, -1].argmax(-1)
+        text = np.concatenate([text, np.asarray(step)[:, None]], 1)
+    np.testing.assert_array_equal(new, text[:, 3:])
+
+
+def test_numbers_and_starts_are_checked():
+    (model, params), ids = decoder(), IDS
+    for wrong in ({"rank": 0}, {"hidden": 0.5}, {"blocks": -1}, {"width": 0}, {"dropout": 1.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            shadow(**({"rank": 2} | wrong))
+    tuned = jp.transform(model, shadow(2, start="wte:out"))
+    adapter = tuned.init(jax.random.key(0), params, ids)
+    with pytest.raises(ValueError, match="'layers:in' takes up 'shadow', which no site in front"):
+        tuned.apply(adapter, params, ids)
+    with pytest.raises(ValueError, match="has no `shadow`"):
+        shadow_start(tuned, adapter, params, ids)
+    size = sum(leaf.size for leaf in jax.tree.leaves(adapter["layers:out"]))
+    assert size == 2 * 2 * (2 * 2 * 8 + 2 + 8)
