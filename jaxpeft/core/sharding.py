@@ -20,24 +20,20 @@ def inherit(leaf: jax.Array, weight: Any, axes: Sequence[int | None]) -> jax.Arr
     Axes marked None (a rank) and axes that do not divide are replicated. Weights without a
     `NamedSharding` say nothing, and the leaf stays where it is.
     """
-    sharding = getattr(weight, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
+    sharding = known(weight)
+    if sharding is None:
         return leaf
     names = [*sharding.spec, *[None] * (len(weight.shape) - len(sharding.spec))]
-    spec = [None if axis is None else names[axis] for axis in axes]
-    fits = [
-        name if size % _ways(sharding, name) == 0 else None
-        for name, size in zip(spec, leaf.shape, strict=True)
-    ]
-    return jax.device_put(leaf, NamedSharding(sharding.mesh, PartitionSpec(*fits)))
+    entries = [None if axis is None else names[axis] for axis in axes]
+    return placed_as(leaf, fitting(sharding.mesh, entries, leaf.shape))
 
 
-def _ways(sharding: NamedSharding, names: Any) -> int:
+def _ways(mesh: Any, names: Any) -> int:
     """Over how many devices a partition entry (None, a name, or several) splits an axis."""
     several = names if isinstance(names, tuple) else () if names is None else (names,)
     ways = 1
     for name in several:
-        ways *= sharding.mesh.shape[name]
+        ways *= mesh.shape[name]
     return ways
 
 
@@ -77,19 +73,27 @@ def like(x: jax.Array, other: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, wanted)
 
 
+def known(x: Any) -> NamedSharding | None:
+    """The sharding of an array over a mesh, where it can be known: by type, or of a value."""
+    sharding = getattr(x, "sharding", None)
+    if isinstance(x, jax.core.Tracer):
+        sharding = explicit(x)
+    return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def fitting(mesh: Any, entries: Sequence[Any], shape: Sequence[int]) -> NamedSharding:
+    """`placed(mesh, entries)` without those that do not divide their axis of `shape`."""
+    split = zip(entries, shape, strict=False)
+    return placed(mesh, [n if size % _ways(mesh, n) == 0 else None for n, size in split])
+
+
 def spread(x: jax.Array, shape: Sequence[int]) -> NamedSharding | None:
     """The sharding of `x`, where it is known, for an array of `shape` with axes like those of `x`.
 
     Axes that do not divide, or that only one of the two has, are whole.
     """
-    sharding = explicit(x) or getattr(x, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
-        return None
-    names = (*sharding.spec, *[None] * len(shape))
-    split = zip(names, shape, strict=False)
-    return placed(
-        sharding.mesh, [n if size % _ways(sharding, n) == 0 else None for n, size in split]
-    )
+    sharding = known(x)
+    return sharding and fitting(sharding.mesh, (*sharding.spec, *[None] * len(shape)), shape)
 
 
 def automatic(f: Callable[..., Any], out: Any, *args: Any) -> Any:
@@ -107,6 +111,11 @@ def alike(x: jax.Array, other: jax.Array) -> jax.Array:
     if explicit(other):
         return like(x, other)
     return x if shard_alike is None else shard_alike(x, other)[0]
+
+
+def placed_as(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """`x` with this sharding, if it is known."""
+    return x if sharding is None else place(x, sharding, tuple(sharding.spec))
 
 
 def place(x: jax.Array, sharding: NamedSharding, entries: Sequence[Any]) -> jax.Array:

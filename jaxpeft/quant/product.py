@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpeft.core.sharding import explicit
 from jaxpeft.core.structured import Contraction
 from jaxpeft.quant import kernels
 from jaxpeft.quant.weight import QuantizedWeight
@@ -82,7 +83,7 @@ def _is_plain(weight: QuantizedWeight, op: Contraction) -> bool:
 def _linear(weight: QuantizedWeight, op: Contraction) -> Array:
     """The program's own operation on the unpacked weight, linear in its floating operands."""
     floating = [jnp.issubdtype(x.dtype, jnp.floating) for x in op.others]
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in op.others]
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=explicit(x)) for x in op.others]
 
     def run(packed: Any, xs: Any, rest: Any) -> Array:
         return op.bind(weight.unpack(packed), *_woven(floating, xs, rest))
@@ -119,6 +120,9 @@ def _tiles(weight: QuantizedWeight, op: Contraction) -> tuple[int, str] | None:
     if not _is_plain(weight, op) or weight.format.name == "gguf":
         return None
     _, ins, outs = weight.groups
+    # Explicit meshes ask for the sharding of each product, which that of a tile is not.
+    if len(outs) > 1 or any(explicit(x) for x in (*weight.packed.values(), *op.others)):
+        return None
     (axis,) = op.params["dimension_numbers"][0][op.side]
     role = {ins: "kept", outs: "met"}.get(weight.layout.axes[axis])
     count = _count(weight)
@@ -133,9 +137,15 @@ def _count(weight: QuantizedWeight) -> int:
 
 
 def _tiled(weight: QuantizedWeight, op: Contraction, count: int, role: str) -> Array:
-    """A scan over tiles of the outputs; each is unpacked, multiplied and forgotten."""
-    packed = {name: _piled(array, count) for name, array in weight.packed.items()}
-    width = weight.packed_shape[-1] // count
+    """A scan over tiles of the outputs; each is unpacked, multiplied and forgotten.
+
+    A tile takes an equal part of each of as many pieces as there are devices, so that outputs that
+    are split over devices are split in each tile, too, and none has to move.
+    """
+    outs = weight.packed_shape[-1]
+    pieces = jax.device_count() if outs % (jax.device_count() * count) == 0 else 1
+    packed = {name: _piled(array, -1, pieces, count) for name, array in weight.packed.items()}
+    width = outs // count
     layout = weight.layout.resized(weight.groups[2][0], width)
     tile = dataclasses.replace(weight, layout=layout)
     ((contracting, _), dtype) = op.params["dimension_numbers"], op.out.dtype
@@ -148,9 +158,8 @@ def _tiled(weight: QuantizedWeight, op: Contraction, count: int, role: str) -> A
 
     if role == "kept":
         _, ys = lax.scan(lambda _, packed: (None, part(packed, x)), None, packed)
-        last = op.side == 1
-        return _joined(ys, op.out.shape, x.ndim - 1 if last else 0)
-    xs = jnp.moveaxis(x.reshape(*x.shape[:axis], count, width, *x.shape[axis + 1 :]), axis, 0)
+        return _joined(ys, op.out.shape, x.ndim - 1 if op.side == 1 else 0, pieces)
+    xs = _piled(x, axis, pieces, count)
     wide = jnp.promote_types(dtype, jnp.float32)
     start = jnp.zeros(op.out.shape, wide)
     total, _ = lax.scan(
@@ -168,13 +177,17 @@ def _dot(op: Contraction, array: Array, x: Array) -> Array:
     )
 
 
-def _piled(array: Array, count: int) -> Array:
-    """Tiles of the last axis, stacked in front; what is the same for all outputs is repeated."""
-    if array.shape[-1] == 1:
+def _piled(array: Array, axis: int, pieces: int, count: int) -> Array:
+    """Tiles of an axis, stacked in front; what is the same for all outputs is repeated."""
+    if array.shape[axis] == 1:
         return jnp.broadcast_to(array, (count, *array.shape))
-    split = array.reshape(*array.shape[:-1], count, array.shape[-1] // count)
-    return jnp.moveaxis(split, -2, 0)
+    axis %= array.ndim
+    before, after = array.shape[:axis], array.shape[axis + 1 :]
+    split = array.reshape(*before, pieces, count, -1, *after)
+    return jnp.moveaxis(split, axis + 1, 0).reshape(count, *before, -1, *after)
 
 
-def _joined(ys: Array, shape: tuple[int, ...], axis: int) -> Array:
-    return jnp.moveaxis(ys, 0, axis).reshape(shape)
+def _joined(ys: Array, shape: tuple[int, ...], axis: int, pieces: int) -> Array:
+    """The array whose axis came in tiles, stacked in front."""
+    split = ys.reshape(len(ys), *shape[:axis], pieces, -1, *shape[axis + 1 :])
+    return jnp.moveaxis(split, 0, axis + 1).reshape(shape)

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from jaxpeft.core.keys import site_key, typed_key
 from jaxpeft.core.rules import Rules, compile_pattern, unmatched
+from jaxpeft.core.sharding import automatic, fitting, known, placed_as
 from jaxpeft.core.site import Site
 from jaxpeft.core.structured import Structured
 from jaxpeft.core.tree import leaves_with_paths
@@ -34,7 +35,8 @@ def quantize(
 ) -> Any:
     """Params with quantized structured weights: every method and model runs on them unchanged.
 
-    One weight at a time is packed, on the device where it is. Blocks run along its input axes.
+    One weight at a time is packed, on the devices where it is, and its packed arrays are split over
+    a mesh as it is. Blocks run along its input axes.
 
     Args:
         params: a tree of arrays.
@@ -115,11 +117,22 @@ def axes_of(shape: Sequence[int], site: Site | None) -> Axes:
 
 
 def canonical(weight: jax.Array, axes: Axes) -> jax.Array:
-    """The weight as `(*stack, in, out)`."""
+    """The weight as `(*stack, in, out)`, split over a mesh as its axes are."""
     stack, ins, outs = axes
-    moved = weight.transpose((*stack, *ins, *outs))
-    size = math.prod(weight.shape[axis] for axis in ins)
-    return moved.reshape((*moved.shape[: len(stack)], size, -1))
+    sizes = [math.prod(weight.shape[axis] for axis in group) for group in (ins, outs)]
+    shape = (*(weight.shape[axis] for axis in stack), *sizes)
+
+    def matrices(weight: jax.Array) -> jax.Array:
+        return weight.transpose((*stack, *ins, *outs)).reshape(shape)
+
+    sharding = known(weight)
+    if sharding is None:
+        return matrices(weight)
+    spec = (*sharding.spec, *[None] * weight.ndim)
+    # Of axes that become one, the first is in its parts what the one is.
+    entries = [spec[group[0]] if group else None for group in (*((i,) for i in stack), ins, outs)]
+    target = fitting(sharding.mesh, entries, shape)
+    return placed_as(automatic(matrices, target, weight), target)
 
 
 def choose(

@@ -16,9 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from jaxpeft.core.labels import Cut, Drop, Edit, Layout, Split, View
+from jaxpeft.core.sharding import automatic, fitting, placed_as, spread
 from jaxpeft.core.structured import Contraction, Structured, node, static
 from jaxpeft.quant.formats import Format, check
 from jaxpeft.quant.formats.base import _decode
@@ -74,26 +76,54 @@ class QuantizedWeight(Structured):
     def stackable(self) -> bool:
         return not self.tail
 
+    @property
+    def sharding(self) -> NamedSharding | None:
+        """Of the dense weight, where that of the packed arrays is known."""
+        return None if self.tail else self._sharding(self.packed)
+
     def materialize(self, dtype: DTypeLike | None = None) -> Array:
         return self.unpack(self.packed, dtype)
 
     def unpack(self, packed: Mapping[str, Array], dtype: DTypeLike | None = None) -> Array:
         """The dense array that these packed arrays stand for, in this weight's views."""
-        matrix = _decode(dict(packed), self.format, jnp.dtype(dtype or self.dtype))
+        dense = functools.partial(self._dense, jnp.dtype(dtype or self.dtype))
+        return _viewed(self.tail, automatic(dense, self._sharding(packed), dict(packed)))
+
+    def _dense(self, dtype: Any, packed: dict[str, Array]) -> Array:
+        matrix = _decode(packed, self.format, dtype)
         labels = [label for group in self.groups for label in group]
         size = self.layout.size
         wanted = [label for axis in self.layout.axes for label in axis]
         array = matrix.reshape([size[label] for label in labels])
         array = array.transpose([labels.index(label) for label in wanted])
-        return _viewed(self.tail, array.reshape(self.layout.shape))
+        return array.reshape(self.layout.shape)
+
+    def _sharding(self, packed: Mapping[str, Array]) -> NamedSharding | None:
+        sharding = spread(max(packed.values(), key=lambda array: array.size), self.packed_shape)
+        if sharding is None:
+            return None
+        size, major = self.layout.size, self._major
+        entry: dict[int | None, Any] = dict(zip(major, sharding.spec, strict=False))
+        firsts = [axis[0] if axis else None for axis in self.layout.axes]
+        sizes = [1 if label is None else size[label] for label in firsts]
+        return fitting(sharding.mesh, [entry.get(label) for label in firsts], sizes)
+
+    @property
+    def _major(self) -> list[int | None]:
+        """The label that is split where an axis of the packed arrays is split."""
+        stack, ins, outs = self.groups
+        return [*stack, *(group[0] if group else None for group in (ins, outs))]
 
     def view(self, view: View) -> Structured | None:
         if view.kind == "scale":
             return None
         if view.kind == "convert":
             return dataclasses.replace(self, dtype=jnp.dtype(view.args[0]))
+        placed = self._placed(*view.args) if view.kind == "place" and not self.tail else None
+        if placed is not None:
+            return placed
         step = None if self.tail or view.kind == "place" else self.layout.apply(view)
-        if view.kind == "place" or step is None:
+        if step is None:
             return dataclasses.replace(self, tail=(*self.tail, view))
         layout, edits = step
         found = self
@@ -103,6 +133,20 @@ class QuantizedWeight(Structured):
                 return dataclasses.replace(self, tail=(*self.tail, view))
             found = moved
         return dataclasses.replace(found, layout=layout)
+
+    def _placed(self, sharding: NamedSharding) -> QuantizedWeight | None:
+        """The packed arrays moved as the weight is asked to be; None if their axes cannot."""
+        axes = self.layout.axes
+        entries = (*sharding.spec, *[None] * len(axes))
+        asked = {axis[0]: entry for axis, entry in zip(axes, entries, strict=False) if axis}
+        if any(entry is not None and label not in self._major for label, entry in asked.items()):
+            return None
+        spec = [None if label is None else asked.get(label) for label in self._major]
+        packed = {
+            name: placed_as(array, fitting(sharding.mesh, spec, array.shape))
+            for name, array in self.packed.items()
+        }
+        return dataclasses.replace(self, packed=packed)
 
     def _edited(self, edit: Edit) -> QuantizedWeight | None:
         """The packed arrays and labels after an edit; the layout is set by who calls."""

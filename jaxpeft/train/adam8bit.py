@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxpeft.core.sharding import alike, automatic, place, spread
+from jaxpeft.core.sharding import alike, automatic, placed_as, spread
 from jaxpeft.quant.formats.dynamic import BLOCK, decode_dynamic, dynamic_table, encode_dynamic
 
 Array = jax.Array
@@ -160,8 +160,7 @@ def _fresh(x: Array, signed: bool, min_size: int) -> Moment | Array:
     if x.size < min_size:
         return jnp.zeros_like(x, jnp.float32)
     zero = np.searchsorted(dynamic_table(signed), 0)
-    absmax, sharding = jnp.zeros(_blocks(x.shape)), _shardings(x).absmax
-    absmax = absmax if sharding is None else place(absmax, sharding, sharding.spec)
+    absmax = placed_as(jnp.zeros(_blocks(x.shape)), _shardings(x).absmax)
     return Moment(jnp.full_like(x, zero, jnp.uint8), absmax)
 
 

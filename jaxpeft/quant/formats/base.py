@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxpeft.core.sharding import automatic, placed_as, spread
+
 Array = jax.Array
 Packed = dict[str, Any]  # arrays of JAX, or of numpy where a converter made them
 Shape = tuple[int, ...]
@@ -93,7 +95,8 @@ def quantize(weight: Array, fmt: Format, *, key: Array | None = None) -> Packed:
         raise ValueError(f"a weight of dtype {weight.dtype} is no float. Give the dense weight.")
     fmt.layout(weight.shape)
     _check_finite("weight", weight, "Find the step or the file that made it so.")
-    return _encode(weight, key, fmt)
+    packed = _encode(weight, key, fmt)
+    return {name: placed_as(array, spread(weight, array.shape)) for name, array in packed.items()}
 
 
 def dequantize(
@@ -149,7 +152,9 @@ def error(weight: Array, packed: Mapping[str, Any], fmt: Format) -> Error:
 # Compiled as a whole, so that no array of the weight's size is made on the way.
 @functools.partial(jax.jit, static_argnames="fmt")
 def _encode(weight: Array, key: Array | None, fmt: Format) -> Packed:
-    return fmt.encode(weight.astype(jnp.float32), key)
+    shardings = {n: spread(weight, array.shape) for n, array in fmt.layout(weight.shape).items()}
+    encode = lambda weight, key: fmt.encode(weight.astype(jnp.float32), key)  # noqa: E731
+    return automatic(encode, shardings, weight, key)
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "dtype"))
