@@ -46,18 +46,25 @@ def _fused(weight: QuantizedWeight, op: Contraction) -> Array | None:
     role = weight.layout.axes[contracting[1][0]]
     if role != weight.groups[1] or contracting[0] != (x.ndim - 1,) or x.dtype != op.out.dtype:
         return None
-    tile = kernels.plan(weight.format, weight.packed, x.size // x.shape[-1])
-    if tile is None:
+    plans = kernels.plans(weight.format, weight.packed, x.size // x.shape[-1])
+    if weight.compute == "interpret":
+        return _by_kernel(weight, x, plans["tpu"], interpret=True) if "tpu" in plans else None
+    # Those for GPUs have to be asked for until one has measured them.
+    known = {name: plans[name] for name in plans if name == "tpu" or weight.compute == "pallas"}
+    if not known:
         return None
-    if weight.compute != "auto":
-        return _by_kernel(weight, x, tile, interpret=weight.compute == "interpret")
-    # The kernels are for TPUs until one has measured them elsewhere.
-    return lax.platform_dependent(
-        weight.packed,
-        x,
-        tpu=lambda packed, x: _by_kernel(dataclasses.replace(weight, packed=packed), x, tile),
-        default=lambda packed, x: _unfused(dataclasses.replace(weight, packed=packed), op.on(x)),
-    )
+    kinds: dict[str, Any] = {
+        name: functools.partial(_at, weight, tile) for name, tile in known.items()
+    }
+    if weight.compute == "auto":
+        kinds["default"] = lambda packed, x: _unfused(
+            dataclasses.replace(weight, packed=packed), op.on(x)
+        )
+    return lax.platform_dependent(weight.packed, x, **kinds)
+
+
+def _at(weight: QuantizedWeight, tile: Any, packed: Any, x: Array) -> Array:
+    return _by_kernel(dataclasses.replace(weight, packed=packed), x, tile)
 
 
 def _by_kernel(weight: QuantizedWeight, x: Array, tile: Any, *, interpret: bool = False) -> Array:

@@ -48,8 +48,8 @@ def quantize(
         dtype: that the weights show to the model, in which products are computed; their own when
             absent.
         compute: how products unpack the weight: "xla"; "pallas", fused kernels (GPU and TPU);
-            "interpret", the kernels run by the interpreter, for tests; "auto", the fastest of the
-            first two that applies.
+            "interpret", the kernels run by the interpreter, for tests; "auto", the kernels on a
+            single TPU, "xla" elsewhere. Where no kernel applies it is always "xla".
         key: a PRNG key for stochastic rounding, of `int8` and `int4` alone: each code is one of the
             two next to the weight, and right on average. To the nearest when absent.
 
