@@ -54,7 +54,7 @@ def taps_of(
             keys,
             {path: frozen[path] for path in site.reads if path in frozen},
             shared_leaves(method, adapter).get(SHARED, {}),
-            {name: own[name] for name in method.needs.inputs},
+            {n: own[n] for n in (*method.needs.inputs, *(["mask"] if method.needs.mask else []))},
             site=site,
             call=method.call,
             stack=len(stack),

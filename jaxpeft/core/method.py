@@ -31,6 +31,9 @@ class Needs(NamedTuple):
         states: names of values that its sites hand on from one to the next, in the order of the
             program: `call` finds those of the sites in front as `here.states`, and returns `(x,
             states)` with those that it changes. A loop carries a state that began in front of it.
+        mask: arguments of the model's call, of which the first that is given is the mask of its
+            tokens, `bool[B, T]`: the method sees it as `here.inputs["mask"]`, None without one.
+        sequence: it attends to whole sequences, so that a call with a cache is refused.
     """
 
     virtual: tuple[Virtual, ...] = ()
@@ -40,6 +43,8 @@ class Needs(NamedTuple):
     grows: tuple[tuple[str, int], ...] = ()
     everywhere: Callable[[Site], bool] | None = None
     states: tuple[str, ...] = ()
+    mask: tuple[str, ...] = ()
+    sequence: bool = False
 
 
 def together(needs: Sequence[Needs]) -> Needs:
@@ -52,6 +57,8 @@ def together(needs: Sequence[Needs]) -> Needs:
         tuple(dict.fromkeys(grow for need in needs for grow in need.grows)),
         next((need.everywhere for need in needs if need.everywhere), None),
         tuple(dict.fromkeys(name for need in needs for name in need.states)),
+        tuple(dict.fromkeys(name for need in needs for name in need.mask)),
+        any(need.sequence for need in needs),
     )
 
 

@@ -116,8 +116,9 @@ class Tuned:
         needs = together([method.needs for method in chosen.values()])
         own = {name: kwargs.pop(name, None) for name in needs.inputs}
         weights = self._weights(chosen, adapter, params, dropout_key, own)
-        taps = taps_of(chosen, adapter, params, dropout_key, own)
         fn, front = self._lengthened(chosen, adapter, virtual, own, kwargs)
+        own["mask"] = self._mask(chosen, adapter, needs, inputs, kwargs) if needs.mask else None
+        taps = taps_of(chosen, adapter, params, dropout_key, own)
         kwargs = self._shift(needs) | kwargs
         report = refuse if self.strict else warn
         # A method of the model other than its call may well pass by some of the boundaries.
@@ -255,6 +256,19 @@ class Tuned:
             return self.fn, ()
         fn = virtuals.Lengthened(self.fn, blocks, self.names(kwargs), mode == "cut")
         return fn, ({front.virtual.task: own.get(front.virtual.task) for front in blocks},)
+
+    def _mask(
+        self, chosen: dict[str, Method], adapter: Adapter, needs: Needs, inputs: Any, kwargs: Any
+    ) -> Array | None:
+        """The mask of the call's tokens, for methods that attend to them."""
+        if needs.sequence and kwargs.get("cache") is not None:
+            names = ", ".join(sorted({m.name for m in chosen.values() if m.needs.sequence}))
+            raise ValueError(
+                f"`{names}` attends to whole sequences, of which a call with a cache has a part. "
+                "Call without a cache."
+            )
+        named = dict(zip(self.names(kwargs), inputs, strict=False)) | kwargs
+        return virtuals.mask_of(named, needs.mask, self._fronts(chosen, adapter))
 
     def _fronts(self, chosen: dict[str, Method], adapter: Adapter) -> tuple[virtuals.Front, ...]:
         """The blocks of virtual tokens around a sequence."""

@@ -218,6 +218,27 @@ def lengthened_mask(mask: Array, length: int, front: int, back: int = 0) -> Arra
     return jnp.concatenate([before, seen, behind], axis=-2)
 
 
+def mask_of(
+    named: Mapping[str, Any], names: Sequence[str], fronts: Sequence[Front]
+) -> Array | None:
+    """The mask of tokens `bool[B, T]` among a call's inputs, with the virtual tokens of the call.
+
+    Raises:
+        ValueError: if the input of such a name is no mask of tokens.
+    """
+    found = next((name for name in names if named.get(name) is not None), None)
+    if found is None:
+        return None
+    mask = jnp.asarray(named[found])
+    if mask.ndim != 2:
+        raise ValueError(
+            f"{found!r} of shape {mask.shape} is no mask of tokens (batch, length). Name the "
+            'argument that is one, mask="...", or none, mask="".'
+        )
+    front, back = _count(fronts, "front"), _count(fronts, "back")
+    return lengthened_mask(mask, mask.shape[-1], front, back).astype(bool)
+
+
 def _positions(positions: Array, front: int, back: int) -> Array:
     def beyond(start: Any, count: int) -> Array:
         new = start + jnp.arange(count, dtype=positions.dtype)

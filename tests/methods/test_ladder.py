@@ -86,6 +86,89 @@ def test_the_formula_and_no_derivative_of_the_model(model):
         assert float((leaf * step / 1e-5).sum()) == pytest.approx(slope, rel=1e-3, abs=1e-4)
 
 
+HEADS = 2
+
+
+def attending(leaves, x, heads, seen):
+    """Attention in torch's own."""
+    torch = pytest.importorskip("torch")
+    q, k, v = (
+        torch.tensor(x @ leaves[n]).unflatten(-1, (heads, -1)).transpose(-3, -2)
+        for n in ("query", "key", "value")
+    )
+    mask = torch.tensor(np.broadcast_to(seen, (x.shape[0], heads, *seen.shape[-2:])))
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return y.transpose(-3, -2).flatten(-2).numpy() @ leaves["output"]
+
+
+def blocks(leaves, x, seen):
+    """The ladder with attention, in float64."""
+    leaves = {name: np.asarray(leaf, np.float64) for name, leaf in leaves.items()}
+    norm = lambda u: (u - u.mean(-1, keepdims=True)) / np.sqrt(u.var(-1, keepdims=True) + 1e-5)  # noqa: E731
+    x, s = np.asarray(x, np.float64), 0.0
+    for i in range(LAYERS):
+        one = {name: leaf[i] for name, leaf in leaves.items() if name != "up"}
+        x = np.tanh(x @ np.asarray(W[i], np.float64))
+        mix = 1 / (1 + np.exp(-one["mix"] / 0.1))
+        u = mix * s + (1 - mix) * (x @ one["down"])
+        u = u + attending(one, norm(u), HEADS, seen)
+        z = norm(u) @ one["first"]
+        z = 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
+        s = u + z @ one["second"]
+    return np.sin(x + s @ leaves["up"])
+
+
+KEEP = np.array([[True, True, True, False], [False, True, True, True]])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_side_layers_attend_to_what_is_no_padding(causal):
+    """And the backward pass does not enter the model."""
+
+    def model(params, x, attention_mask=None):
+        return scanned(params, x)
+
+    rule = ladder(WIDTH, LAYERS, heads=HEADS, causal=causal, hidden=HIDDEN)
+    tuned, params = jp.transform(model, jp.rules(("norm:in", rule))), {"layers": jnp.asarray(W)}
+    fresh = jax.eval_shape(tuned.init, jax.random.key(0), params, X, KEEP)
+    size = sum(leaf.size for leaf in jax.tree.leaves(fresh))
+    assert size == LAYERS * (1 + WIDTH * (D + 2 * HIDDEN)) + WIDTH * D + 4 * LAYERS * WIDTH**2
+    adapter = filled(fresh)
+
+    @quick
+    def program(adapter):
+        slope = jax.grad(lambda a: tuned.apply(a, params, X, KEEP).sum())(adapter)
+        without = tuned.apply(adapter, params, X)
+        return tuned.apply(adapter, params, X, attention_mask=KEEP), without, slope
+
+    y, without, slope = program(adapter)
+    lower = np.tril(np.ones((4, 4), bool)) if causal else np.ones((4, 4), bool)
+    # A padding token in front sees nothing, and is nobody's concern.
+    expected = blocks(adapter["norm:in"], X, lower & KEEP[:, None, None, :])
+    np.testing.assert_allclose(y[KEEP], expected[KEEP], atol=5e-4)
+    expected = blocks(adapter["norm:in"], X, lower[None, None])
+    np.testing.assert_allclose(without, expected, atol=5e-4)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(slope))
+
+
+def test_attention_is_refused_parts_of_sequences_and_odd_masks():
+    (model, params), ids = decoder(), IDS
+    tuned = jp.transform(model, jp.rules(("norm:in", ladder(4, 2, heads=2))))
+    adapter = filled(jax.eval_shape(tuned.init, jax.random.key(0), params, ids))
+    with pytest.raises(ValueError, match="`ladder` attends to whole sequences"):
+        tuned.apply(adapter, params, ids, cache=model.init_cache(2, 3))
+    with pytest.raises(ValueError, match=r"'mask' of shape \(3,\) is no mask of tokens"):
+        tuned.apply(adapter, params, ids, mask=np.ones(3, bool))
+    with pytest.raises(ValueError, match="heads=3 do not divide width=4"):
+        ladder(4, 2, heads=3)
+    # Prompts lengthen the mask.
+    both = jp.chain(jp.rules(("norm:in", ladder(4, 2, heads=2))), jp.prompt_tuning(2))
+    tuned = jp.transform(model, both)
+    adapter = filled(jax.eval_shape(tuned.init, jax.random.key(0), params, ids))
+    one = tuned.apply(adapter, params, ids, mask=np.ones_like(ids, bool))
+    np.testing.assert_allclose(one, tuned.apply(adapter, params, ids), rtol=1e-5, atol=1e-6)
+
+
 def test_the_check_can_fail():
     """A bottleneck behind the first layer has the others behind it in the backward pass."""
     params = {"layers": jnp.asarray(W)}

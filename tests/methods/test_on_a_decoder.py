@@ -29,13 +29,14 @@ METHODS = {
     "llama_adapter": (llama_adapter(2, layers=1), {}),
     "cartridge": (cartridge(3, frozen=1), {}),
     "ladder": (jp.rules(("norm:in", ladder(2, 2))), {}),
+    "attending ladder": (jp.rules(("norm:in", ladder(2, 2, heads=2))), {}),
     "shadow": (jp.shadow(2, hidden=3, alpha=1.0, blocks=1), {}),
     "layers": (jp.layers(jp.chain(jp.lora(2), jp.houlsby(width=2)), slice(1, 2)), {}),
     "dropped": (jp.layers(jp.houlsby(width=2)), {"drop_layers": jnp.array(1)}),
 }
 # Whose form lets a fresh adapter change nothing.
 STILL = ("ia3", "llama_adapter", "layers", "dropped", "shadow")
-MAPPED = (*STILL, "multitask", "cpt", "cartridge", "ladder")
+MAPPED = (*STILL, "multitask", "cpt", "cartridge", "ladder", "attending ladder")
 
 
 @pytest.fixture(scope="module", params=METHODS)
