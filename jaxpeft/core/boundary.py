@@ -74,3 +74,18 @@ def shared_leaves(method: Method, adapter: Adapter) -> dict[str, Any]:
 def _read_weights(params: Any, paths: Any) -> dict[str, Any]:
     pairs = leaves_with_paths(params, is_leaf=lambda x: isinstance(x, Structured))[0]
     return {path: dense(leaf) for path, leaf in pairs if path in paths}
+
+
+def unmergeable(path: str, method: Method) -> str:
+    """Why no weights can do what a method does, and what to do instead."""
+    why = "works on activations: what it adds depends on them, and no weight holds it"
+    if method.needs.virtual:
+        why = "puts virtual tokens beside those of the call, which no weight holds"
+    elif method.needs.states:
+        why = "hands a state from layer to layer, which follows the input and no weight holds"
+    return (
+        f"`{method.name}` at {path!r} {why}. So it cannot be merged. Serve it as it is, with "
+        "tuned.apply(adapter, params, *inputs) or jaxpeft.serve.generate(tuned.apply, (adapter, "
+        "params), tokens), and keep it with jaxpeft.save. Methods on weights that are beside it in "
+        "a chain or in rules are merged by a tuning of them alone."
+    )

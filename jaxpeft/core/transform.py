@@ -14,7 +14,7 @@ from jaxpeft.core.adapter import Adapter as Adapter
 from jaxpeft.core.adapter import Sites as Sites
 from jaxpeft.core.adapter import is_shared, shared_inits, shared_site
 from jaxpeft.core.arguments import Names, argument_names
-from jaxpeft.core.boundary import reading, shared_leaves, taps_of
+from jaxpeft.core.boundary import reading, shared_leaves, taps_of, unmergeable
 from jaxpeft.core.keys import site_key, typed_key
 from jaxpeft.core.method import (
     Method,
@@ -180,10 +180,7 @@ class Tuned:
         chosen = self._methods(adapter)
         for path, method in chosen.items():
             if method.call or method.needs.virtual:
-                raise ValueError(
-                    f"`{method.name}` at {path!r} is not a weight change and cannot be merged. "
-                    "Serve it with `apply`, or drop it from the rules before `merge`."
-                )
+                raise ValueError(unmergeable(path, method))
         weights = self._weights(chosen, adapter, params, None, {})
         pairs, tree = leaves_with_paths(weights, is_leaf=_is_structured)
         return tree.unflatten([store(path, weight) for path, weight in pairs])
