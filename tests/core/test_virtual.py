@@ -177,6 +177,58 @@ def test_a_model_that_decodes_one_token_at_a_time(tuning):
     np.testing.assert_allclose(jnp.concatenate(outs[N:], 1), expected, atol=1e-5)
 
 
+class Steps(nn.Module):
+    """Linen layers under scan and remat, with names of their own, and linen's own cache."""
+
+    decode: bool
+
+    @nn.compact
+    def __call__(self, words, places):
+        class Layer(nn.Module):
+            decode: bool
+
+            @nn.compact
+            def __call__(self, x, visible):
+                attention = nn.MultiHeadDotProductAttention(2, decode=self.decode, name="attention")
+                return x + attention(x, x, mask=visible), None
+
+        x = nn.Embed(V, D, name="table")(words) + nn.Embed(20, D, name="where")(places)
+        visible = None if self.decode else nn.make_causal_mask(words)
+        layers = nn.scan(
+            nn.remat(Layer), variable_axes={"params": 0, "cache": 0}, split_rngs={"params": True},
+            length=2, in_axes=nn.broadcast,
+        )  # fmt: skip
+        return layers(self.decode, name="layers")(x, visible)[0]
+
+
+@pytest.mark.parametrize("method", [jp.prompt_tuning, jp.prefix_tuning])
+def test_a_scanned_and_remat_linen_model_decodes_with_its_cache(method):
+    tuning, places = method(N, names=NAMES), jnp.broadcast_to(jnp.arange(T), (2, T))
+    whole, steps = Steps(False), Steps(True)
+    start = steps.init(jax.random.key(0), jnp.zeros((2, N + T), int), jnp.zeros((2, N + T), int))
+    params, cache = {"params": start["params"]}, start["cache"]
+    tuned, stepwise = jp.transform(whole, tuning), jp.transform(steps, tuning)
+    adapter = tuned.init(jax.random.key(1), params, TOKENS, places)
+    adapter = jax.tree.map(lambda leaf: 20 * leaf, adapter)
+    expected = tuned.apply(adapter, params, TOKENS, places=places)
+    ids = jnp.concatenate([stepwise.virtual_ids(adapter, 2), TOKENS], 1)
+
+    @jax.jit
+    def step(cache, i):
+        words = jax.lax.dynamic_slice_in_dim(ids, i, 1, 1)
+        state = params | {"cache": cache}
+        where = jnp.full((2, 1), i)
+        y, new = stepwise.decode(adapter, state, words, places=where, mutable=["cache"])
+        return y, new["cache"]
+
+    outs = []
+    for i in range(N + T):
+        y, cache = step(cache, i)
+        outs.append(y)
+    np.testing.assert_allclose(jnp.concatenate(outs[N:], 1), expected, atol=1e-5)
+    assert np.abs(expected - whole.apply(params, TOKENS, places)).max() > 1e-2
+
+
 def test_a_prefix_in_some_attentions_alone_is_refused():
     module = Linen(False)
     variables = module.init(jax.random.key(0), TOKENS)
