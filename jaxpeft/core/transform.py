@@ -15,6 +15,7 @@ from jaxpeft.core.adapter import Sites as Sites
 from jaxpeft.core.adapter import is_shared, shared_inits, shared_site
 from jaxpeft.core.arguments import Names, argument_names
 from jaxpeft.core.boundary import reading, shared_leaves, taps_of, unmergeable
+from jaxpeft.core.first import warn_of_first
 from jaxpeft.core.keys import site_key, typed_key
 from jaxpeft.core.method import (
     Method,
@@ -83,7 +84,9 @@ class Tuned:
         }
         shared = {path: f(site_key(key, path)) for path, f in shared_inits(chosen).items()}
         common = [shared_site(path.partition(":")[2]) for path in shared]
-        return Adapter(leaves | shared, [by_path[path] for path in chosen] + common)
+        adapter = Adapter(leaves | shared, [by_path[path] for path in chosen] + common)
+        self._check_first(chosen, adapter, params, inputs, kwargs)
+        return adapter
 
     def apply(
         self,
@@ -254,6 +257,19 @@ class Tuned:
         fn = virtuals.Lengthened(self.fn, blocks, self.names(kwargs), mode == "cut")
         return fn, ({front.virtual.task: own.get(front.virtual.task) for front in blocks},)
 
+    def _check_first(
+        self, chosen: dict[str, Method], adapter: Adapter, params: Any, inputs: Any, kwargs: Any
+    ) -> None:
+        own = together([method.needs for method in chosen.values()]).inputs
+        kwargs = {name: value for name, value in kwargs.items() if name not in own}
+        named = self._named(inputs, kwargs)
+        warn_of_first(self.fn, params, named, self._fronts(chosen, adapter), (inputs, kwargs))
+
+    def _named(self, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of a call by the names of the model's arguments."""
+        names = dict(enumerate(self.names(kwargs)))
+        return {names.get(i, str(i)): value for i, value in enumerate(inputs)} | dict(kwargs)
+
     def _mask(
         self, chosen: dict[str, Method], adapter: Adapter, needs: Needs, inputs: Any, kwargs: Any
     ) -> Array | None:
@@ -264,8 +280,8 @@ class Tuned:
                 f"`{names}` attends to whole sequences, of which a call with a cache has a part. "
                 "Call without a cache."
             )
-        named = dict(zip(self.names(kwargs), inputs, strict=False)) | kwargs
-        return virtuals.mask_of(named, needs.mask, self._fronts(chosen, adapter))
+        fronts = self._fronts(chosen, adapter)
+        return virtuals.mask_of(self._named(inputs, kwargs), needs.mask, fronts)
 
     def _fronts(self, chosen: dict[str, Method], adapter: Adapter) -> tuple[virtuals.Front, ...]:
         """The blocks of virtual tokens around a sequence."""

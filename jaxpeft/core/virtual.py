@@ -127,6 +127,12 @@ def lengthen(
     return longer
 
 
+def tokens_of(named: Mapping[str, Any], fronts: Sequence[Front]) -> Any:
+    """The token ids among a model's inputs by name, or None."""
+    found = _group(named, "", dict(kv for front in fronts for kv in front.virtual.names))["tokens"]
+    return None if found is None else named[found]
+
+
 def _group(named: Mapping[str, Any], prefix: str, given: Mapping[str, str]) -> dict[str, Any]:
     """Which inputs are the tokens, the mask and the positions of one sequence."""
     kinds = {"tokens": TOKENS, "mask": MASKS, "positions": POSITIONS}

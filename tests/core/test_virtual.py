@@ -237,6 +237,30 @@ def test_a_prefix_in_some_attentions_alone_is_refused():
         jp.transform(module, tuning).init(jax.random.key(1), variables, TOKENS)
 
 
+def test_a_placeholder_that_an_encoder_would_pool_is_told():
+    """In front it takes the first token's place; behind, what is pooled is the first token."""
+
+    class Pooled(nn.Module):
+        @nn.compact
+        def __call__(self, words):
+            x = nn.Embed(V, D, name="table")(words)
+            return nn.MultiHeadDotProductAttention(2, name="attention")(x, x)[:, 0]
+
+    module = Pooled()
+    variables = module.init(jax.random.key(0), TOKENS)
+    names = {"tokens": "words"}
+    front = jp.transform(module, jp.prefix_tuning(N, names=names))
+    with pytest.warns(UserWarning, match=r"first position .*test_virtual.py.*place=\"back\""):
+        front.init(jax.random.key(1), variables, TOKENS)
+    back = jp.transform(module, jp.prefix_tuning(N, place="back", names=names))
+    adapter = back.init(jax.random.key(1), variables, TOKENS)
+    p = variables["params"]
+    x = p["table"]["embedding"][TOKENS]
+    prefixes = (adapter[f"attention:{side}"]["prefix"] for side in ("key", "value"))
+    expected = attention(p["attention"], x, jnp.ones((1, 1, T, T), bool), *prefixes)
+    np.testing.assert_allclose(back.apply(adapter, variables, TOKENS), expected[:, 0], atol=1e-5)
+
+
 def test_inputs_of_unknown_names_are_asked_for():
     module = Linen(False)
     variables = module.init(jax.random.key(0), TOKENS)
