@@ -12,13 +12,11 @@ References: Raffel et al. 2020 (arXiv 1910.10683), Shazeer 2020 (2002.05202), Xu
 (2010.11934), Chung et al. 2022 (2210.11416).
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -31,6 +29,7 @@ from jaxpeft.models.model import Model
 from jaxpeft.models.names import Name
 from jaxpeft.models.t5_config import T5Config
 from jaxpeft.models.t5_names import names
+from jaxpeft.models.t5_positions import distance_buckets
 
 Cache = dict[str, Array]
 Heads = tuple[Array, Array]
@@ -149,32 +148,6 @@ class Stack(nnx.Module):
         if not self.crossed:
             bucket = bucket + jnp.where(behind < 0, self.one_sided, 0)
         return self.relative_attention_bias(bucket).transpose(2, 0, 1)[None]
-
-
-@functools.cache
-def distance_buckets(buckets: int, max_distance: int) -> np.ndarray:
-    """The bucket of each distance from 0 to `max_distance`: exact ones, then ever wider ones.
-
-    With `n` buckets, distances below `m = n // 2` have their own; from there on
-    `m + floor((n - m) log(d / m) / log(max_distance / m))`, at most `n - 1`.
-
-    Args:
-        buckets: how many there are for one direction.
-        max_distance: the first distance that is sure to fall into the last bucket.
-
-    Returns:
-        `int32[max_distance + 1]`.
-
-    Example:
-        >>> distance_buckets(4, 8).tolist()
-        [0, 1, 2, 2, 3, 3, 3, 3, 3]
-    """
-    exact = buckets // 2
-    distance = np.arange(max_distance + 1)
-    # In numpy, not on the device, whose logarithm may round a power of two to the wrong side.
-    share = np.log(np.maximum(distance, exact) / exact) / np.log(max_distance / exact)
-    wide = np.minimum(exact + (share * (buckets - exact)).astype(np.int32), buckets - 1)
-    return np.where(distance < exact, distance, wide).astype(np.int32)
 
 
 class T5(Model):

@@ -15,9 +15,10 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 import jaxpeft as jp
 from jaxpeft.models import load, save
-from jaxpeft.models.t5 import T5, distance_buckets
+from jaxpeft.models.t5 import T5
 from jaxpeft.models.t5_config import from_hf, to_hf
 from jaxpeft.models.t5_names import names
+from jaxpeft.models.t5_positions import distance_buckets
 from tests.models.tiny_t5 import DECODER_MASK, MASK, MODELS, check, reference
 from tests.models.tiny_t5 import pairs as pairs
 from tests.models.tiny_t5 import t5 as t5
