@@ -1,5 +1,7 @@
 """Quantized weights in models: what products give, and what is kept for the backward pass."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -171,3 +173,19 @@ def test_what_cannot_be_quantized_is_named():
         jp.quantize(params, jp.rules(("c/**", jp.quant.nf4())))
     with pytest.raises(TypeError, match="no format"):
         jp.quantize(params, jp.rules(("b", "nf4")))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_products_are_in_the_dtype_that_a_packed_weight_shows(dtype):
+    """Adapters are float32 unless asked otherwise; either way a bfloat16 base computes so."""
+    x = jnp.ones((2, 64), jnp.bfloat16)
+    packed = jp.quantize({"w": jnp.ones((64, 8))}, jp.quant.nf4(), dtype=jnp.bfloat16)
+    methods = [jp.lora(2, dtype=dtype), jp.qalora(2, group=32, dtype=dtype)]
+    for method in methods:
+        tuned = jp.transform(lambda p, x: x @ p["w"], method, strict=True)
+        adapter = tuned.init(jax.random.key(0), packed, x)
+        assert {leaf.dtype for leaf in jax.tree.leaves(adapter)} == {jnp.dtype(dtype)}
+        program = jax.make_jaxpr(lambda a, p, x, f=tuned.apply: f(a, p, x))(adapter, packed, x)
+        assert program.out_avals[0].dtype == jnp.bfloat16
+        products = re.findall(r"(\w+)\[[^\]]*\] = dot_general", str(program))
+        assert len(products) >= 3 and set(products) == {"bf16"}
