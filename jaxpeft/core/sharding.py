@@ -73,6 +73,12 @@ def like(x: jax.Array, other: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, wanted)
 
 
+def gathered(x: jax.Array) -> jax.Array:
+    """`x` whole on each device, where the mesh is explicit."""
+    sharding = explicit(x)
+    return x if sharding is None else place(x, sharding, ())
+
+
 def known(x: Any) -> NamedSharding | None:
     """The sharding of an array over a mesh, where it can be known: by type, or of a value."""
     sharding = getattr(x, "sharding", None)

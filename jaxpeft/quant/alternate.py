@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpeft.core.method import Leaves, Method, tune_weight
+from jaxpeft.core.sharding import gathered
 from jaxpeft.core.site import Site
 from jaxpeft.core.structured import dense, unstack
 from jaxpeft.methods.lora import factor_axes
@@ -146,7 +147,8 @@ def by_layer(run: Callable[[Layer], Pair], layer: Layer) -> Pair:
     stacked = stack[:1] == (0,) and layer.site.roles[0] in ("stack", "batch")
     halves = unstack(weight) if stacked else None
     if halves is None:
-        return run(layer._replace(exact=dense(weight, jnp.float32)))
+        # A decomposition takes the whole matrix on each device.
+        return run(layer._replace(exact=gathered(dense(weight, jnp.float32))))
     arrays, slice_of = halves
     site = layer.site
     inner = layer._replace(

@@ -16,8 +16,9 @@ from typing import Any
 import jax
 
 from jaxpeft.core.adapter import Adapter, is_shared
+from jaxpeft.core.labels import View
 from jaxpeft.core.method import Leaves, Method, resolve
-from jaxpeft.core.sharding import inherit
+from jaxpeft.core.sharding import inherit, known
 from jaxpeft.core.site import Site
 from jaxpeft.core.structured import Structured
 from jaxpeft.core.transform import Tuned
@@ -175,7 +176,9 @@ def _stored(base: Any, layer: Layer, leaf: Any) -> Any:
         return inherit(base, leaf, range(base.ndim))
     compute = leaf.compute if isinstance(leaf, QuantizedWeight) else "auto"
     fmt, axes = layer.format, layer.axes
-    return wrap(base, fmt, leaf.shape, axes=axes, dtype=leaf.dtype, compute=compute)
+    weight = wrap(base, fmt, leaf.shape, axes=axes, dtype=leaf.dtype, compute=compute)
+    sharding = known(leaf)
+    return weight if sharding is None else weight.view(View("place", (sharding,)))
 
 
 def _low_rank(tuned: Tuned, adapter: Adapter) -> dict[str, Method]:

@@ -9,9 +9,12 @@ import peft
 import pytest
 import torch
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from peft.utils.loftq_utils import _low_rank_decomposition
 
 import jaxpeft as jp
+from jaxpeft.core.structured import dense
 from jaxpeft.quant.formats import dequantize, quantize
 
 X = jax.random.normal(jax.random.key(7), (2, 6, 6, 64))
@@ -224,3 +227,26 @@ def test_wrong_calls_are_named(made):
         jp.pissa(twice, twice.init(jax.random.key(0), params, X), params)
     with pytest.raises(ValueError, match="different sites"):
         jp.hf.difference(TUNED, fresh, twice.init(jax.random.key(0), params, X))
+
+
+def test_on_an_explicit_mesh_all_lies_as_the_base_does():
+    tuned = jp.transform(lambda p, x: x @ p["w"][0] + x @ p["w"][1], jp.lora(2))
+    whole, x = {"w": weights()["experts"]}, jnp.ones((2, 64))
+    fresh = jax.tree.map(lambda a: a + 0.1, tuned.init(jax.random.key(0), whole, x))
+    groups = jp.transform(tuned.fn, jp.qalora(2, group=32))
+    pooled = jax.tree.map(lambda a: a + 0.1, groups.init(jax.random.key(0), whole, x))
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    spec = P(None, "data", "model")
+
+    def made(params):
+        packed, adapter = jp.loftq(tuned, fresh, params, NF4)
+        merged = jp.quant.merge(tuned, adapter, packed).params
+        integers = jp.quantize(params, jp.quant.int4(32))
+        return packed, merged, jp.quant.merge(groups, pooled, integers).params
+
+    expected = made(whole)
+    with jax.set_mesh(mesh):
+        found = made({"w": jax.device_put(whole["w"], NamedSharding(mesh, spec))})
+    for ours, one in zip(found, expected, strict=True):
+        assert ours["w"].sharding.spec == spec
+        np.testing.assert_allclose(dense(ours["w"]), dense(one["w"]), atol=1e-5)

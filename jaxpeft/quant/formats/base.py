@@ -123,7 +123,8 @@ def dequantize(
         dtype(bfloat16)
     """
     check_layout(packed, fmt, shape)
-    return _decode(dict(packed), fmt, dtype)
+    sharding = spread(max(packed.values(), key=lambda array: array.size), shape)
+    return automatic(lambda arrays: _decode(arrays, fmt, dtype), sharding, dict(packed))
 
 
 def error(weight: Array, packed: Mapping[str, Any], fmt: Format) -> Error:
