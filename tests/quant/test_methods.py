@@ -63,6 +63,7 @@ TUNINGS = {
     "cartridge": jp.cartridge(3),
     "llama_adapter": jp.llama_adapter(2, layers=1),
     "ladder": jp.rules(("norm:in", jp.ladder(2, 2))),
+    "shadow": jp.shadow(2),
 }
 # It lengthens the sequences inside of an encoder of images, behind the looked-up tokens.
 ELSEWHERE = {"deep_prompt"}
