@@ -262,10 +262,10 @@ class Tuned:
     ) -> None:
         own = together([method.needs for method in chosen.values()]).inputs
         kwargs = {name: value for name, value in kwargs.items() if name not in own}
-        named = self._named(inputs, kwargs)
+        named = self.named_inputs(inputs, kwargs)
         warn_of_first(self.fn, params, named, self._fronts(chosen, adapter), (inputs, kwargs))
 
-    def _named(self, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def named_inputs(self, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of a call by the names of the model's arguments."""
         names = dict(enumerate(self.names(kwargs)))
         return {names.get(i, str(i)): value for i, value in enumerate(inputs)} | dict(kwargs)
@@ -281,7 +281,7 @@ class Tuned:
                 "Call without a cache."
             )
         fronts = self._fronts(chosen, adapter)
-        return virtuals.mask_of(self._named(inputs, kwargs), needs.mask, fronts)
+        return virtuals.mask_of(self.named_inputs(inputs, kwargs), needs.mask, fronts)
 
     def _fronts(self, chosen: dict[str, Method], adapter: Adapter) -> tuple[virtuals.Front, ...]:
         """The blocks of virtual tokens around a sequence."""

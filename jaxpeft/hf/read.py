@@ -20,6 +20,7 @@ from jaxpeft.hf.files import read_json, read_site, some
 from jaxpeft.hf.paths import at_paths
 from jaxpeft.hf.prompt_kinds import KINDS
 from jaxpeft.hf.prompts import read_prompt
+from jaxpeft.hf.shadows import PEFT_TYPE, read_shadow
 from jaxpeft.hf.table import HEAD, Row, Table, of_model, of_names
 from jaxpeft.hf.tensors import PREFIX, Reader, low_rank_keys, torch_axes
 from jaxpeft.methods.layers import in_layers
@@ -37,7 +38,7 @@ def load_adapter(
     sites: Sequence[Site] | None = None,
     params: Any = None,
 ) -> tuple[Tuned, Adapter]:
-    """Reads an adapter that PEFT or `save_adapter` wrote: LoRA, a prompt or a prefix.
+    """Reads an adapter that PEFT or `save_adapter` wrote: LoRA, a prompt, a prefix, a shadow.
 
     Every option of the file is followed or refused, and every tensor of it is used. Layers that
     share a stacked weight may differ in rank and alpha (see `jaxpeft.hf.methods.lora_by_layer`).
@@ -74,6 +75,8 @@ def load_adapter(
     if str(config.get("peft_type")) in KINDS:
         own = of_names(names, sites, complete=True) if names and sites else of_model(model)
         return read_prompt(directory / WEIGHTS, config, model, own, sites)
+    if config.get("peft_type") == PEFT_TYPE:
+        return read_shadow(directory / WEIGHTS, config, model)
     options = read_options(directory / CONFIG)
     table = _find_table(directory, model, names, sites)
     reader = Reader(directory / WEIGHTS)

@@ -18,6 +18,7 @@ from jaxpeft.hf.files import some, write_directory, write_json, write_tensors
 from jaxpeft.hf.match import ends, parts, saved, search, shortest
 from jaxpeft.hf.prompts import write_prompt
 from jaxpeft.hf.read import NOTES
+from jaxpeft.hf.shadows import write_shadow
 from jaxpeft.hf.table import (
     HEAD,
     TASK_HEADS,
@@ -71,7 +72,7 @@ def save_adapter(
     stages = stages_at(tuned, adapter)
     task_type = task_type_of(model) if task_type == "auto" else task_type
     about = {"base_model_name_or_path": base_model_name, "task_type": task_type}
-    prompt = write_prompt(stages, adapter, of_model(model), model)
+    prompt = write_shadow(stages, model) or write_prompt(stages, adapter, of_model(model), model)
     if prompt:
         tensors, options = prompt
         _write(Path(directory), tensors, options | about, None)

@@ -13,14 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.core.capture import capture
-from jaxpeft.core.method import Leaves, Method, Needs, methods_of
+from jaxpeft.core.method import Leaves, Method, Needs
 from jaxpeft.core.rules import compile_pattern
 from jaxpeft.core.site import Site
 from jaxpeft.core.tap import Here
-from jaxpeft.core.transform import Adapter, Tuned
+from jaxpeft.core.virtual import MASKS
 from jaxpeft.methods import parts
 from jaxpeft.methods.maps import uniform, zeros
+from jaxpeft.methods.shadow_backbone import Backbone, tokenwise
 
 Array = jax.Array
 
@@ -35,6 +35,7 @@ def shadow(
     hidden: int | None = None,
     blocks: int = 0,
     width: int | None = None,
+    backbone: Backbone | None = None,
     layers: str = "layers",
     start: str = "*embed*:out",
     dtype: Any = jnp.float32,
@@ -46,8 +47,8 @@ def shadow(
     g t`, `t = T(o)`, `g = sigmoid(G(o))`, T and G two-layer networks with GELU. With `blocks=0` it
     starts as the embeddings themselves; else as what residual blocks make of each token by itself,
     `e + W gelu(V norm(e))` in a `width` of their own, as in PEFT for models that it cannot mirror.
-    PEFT's "mirror", a whole layer of the model's kind with attention, is not offered. Gradients go
-    through the model's layers, as in PEFT.
+    `jaxpeft.models.mirror(model)` gives a `backbone` as PEFT has it for those that it can: a layer
+    of the model's own kind. Gradients go through the model's layers, as in PEFT.
 
     Leaves, d the model's width: at the input of layers `down`, `up` (stack..., rank, d), `up` zero;
     at their output `candidate` and `gate`, each `down` (stack..., hidden, d), `down_bias`, `up`
@@ -64,6 +65,7 @@ def shadow(
         hidden: inner width of T and G; `rank` when absent.
         blocks: of the network between the embeddings and the first state.
         width: of that network; the model's when absent.
+        backbone: another network in its place.
         layers: glob over the modules that are the layers: one that a scan stacks, or several.
         start: glob over the boundary where the state begins, outside of loops.
         dtype: of the leaves.
@@ -89,6 +91,7 @@ def shadow(
     if not isinstance(blocks, int) or blocks < 0:
         raise ValueError(f"blocks={blocks!r} is out of range. Use an int of 0 or more.")
     parts.check_share(dropout=dropout)
+    first = backbone or tokenwise(blocks, width)
     is_layer, begins = compile_pattern(layers), compile_pattern(start)
 
     def init(key: Array, site: Site, weight: Any) -> Leaves:
@@ -96,7 +99,7 @@ def shadow(
         *stack, d = site.shape
         keys = jax.random.split(key)
         if begins(site.path, site):
-            return _backbone(key, d, width or d, blocks, dtype) if blocks else {}
+            return first.init(key, d, dtype)
         if site.side == "in":
             down = uniform(keys[0], (*stack, rank, d), d).astype(dtype)
             return {"down": down, "up": zeros(keys[1], (*stack, rank, d), rank).astype(dtype)}
@@ -107,7 +110,7 @@ def shadow(
 
     def call(site: Site, leaves: Leaves, x: Array, here: Here) -> tuple[Array, dict[str, Any]]:
         if begins(site.path, site):
-            return x, {STATE: _started(leaves, x)}
+            return x, {STATE: first.call(leaves, x, here.inputs.get("mask"))}
         s = here.state(STATE, site.path)
         if site.side == "out":
             return x, {STATE: _updated(leaves, x, s)}
@@ -123,43 +126,11 @@ def shadow(
     options = {
         "rank": rank, "alpha": alpha, "dropout": dropout, "hidden": hidden, "blocks": blocks,
         "width": width, "layers": layers, "start": start,
+        "backbone": backbone and dict(backbone.options),
     }  # fmt: skip
-    needs = Needs(states=(STATE,))
+    mask = MASKS if first.attends else ()
+    needs = Needs(states=(STATE,), mask=mask, sequence=first.attends)
     return Method("shadow", init, None, is_place, is_place, options=options, call=call, needs=needs)
-
-
-def shadow_start(tuned: Tuned, adapter: Adapter, params: Any, *inputs: Any, **kwargs: Any) -> Array:
-    """The state in which a shadow starts, for the auxiliary loss on it.
-
-    PEFT adds 0.05 times the model's own loss on what the output head makes of this state, so that
-    the start alone learns the task too. It needs `blocks`, without which nothing there is trained.
-
-    Args:
-        tuned: a model with `shadow` as its tuning, or part of it.
-        adapter: its adapter.
-        params: the frozen params.
-        *inputs: the model's inputs.
-        **kwargs: keyword arguments of its call.
-
-    Returns:
-        The state, `(..., d)`. Under `jit` nothing of the layers is computed.
-
-    Raises:
-        ValueError: if there is no shadow.
-
-    Example:
-        >>> s = shadow_start(tuned, adapter, params, tokens)  # doctest: +SKIP
-        >>> total = loss + 0.05 * cross_entropy(s @ head, labels)  # doctest: +SKIP
-    """
-    found = [m for m in methods_of(tuned.tuning) if STATE in m.needs.states]
-    paths = [
-        site.path for site in adapter.sites for m in found
-        if site.boundary and compile_pattern(m.options["start"])(site.path, site)
-    ]  # fmt: skip
-    if not paths:
-        raise ValueError("the adapter has no `shadow`. Use jp.transform(model, jp.shadow(8)).")
-    seen = capture(tuned.fn, paths[0])(params, *inputs, **kwargs)
-    return _started(adapter[paths[0]], seen[paths[0]])
 
 
 def _two(key: Array, stack: Any, d: int, hidden: int, dtype: Any) -> Leaves:
@@ -181,32 +152,3 @@ def _network(leaves: Mapping[str, Array], x: Array) -> Array:
 def _updated(leaves: Leaves, x: Array, s: Array) -> Array:
     gate = jax.nn.sigmoid(_network(leaves["gate"], x))
     return (1 - gate) * s + gate * _network(leaves["candidate"], x)
-
-
-def _backbone(key: Array, d: int, width: int, blocks: int, dtype: Any) -> Leaves:
-    keys = jax.random.split(key, 7)
-    leaves = {
-        "in": uniform(keys[0], (d, width), d), "in_bias": uniform(keys[1], (width,), d),
-        "scale": jnp.ones((blocks, width)), "bias": jnp.zeros((blocks, width)),
-        "first": uniform(keys[2], (blocks, width, width), width),
-        "first_bias": uniform(keys[3], (blocks, width), width),
-        "second": uniform(keys[4], (blocks, width, width), width),
-        "second_bias": uniform(keys[5], (blocks, width), width),
-    }  # fmt: skip
-    if width != d:
-        leaves["out"] = uniform(keys[6], (width, d), width)
-    return {name: leaf.astype(dtype) for name, leaf in leaves.items()}
-
-
-def _started(leaves: Leaves, x: Array) -> Array:
-    """The first state, made of each token's embedding by itself."""
-    if not leaves:
-        return x
-    w = {name: leaf.astype(x.dtype) for name, leaf in leaves.items()}
-    s = x @ w["in"] + w["in_bias"]
-    for i in range(len(w["first"])):
-        wide = jax.nn.standardize(s.astype(jnp.float32)).astype(s.dtype)
-        inner = (wide * w["scale"][i] + w["bias"][i]) @ w["first"][i] + w["first_bias"][i]
-        inner = jax.nn.gelu(inner, approximate=False)
-        s = s + inner @ w["second"][i] + w["second_bias"][i]
-    return s @ w["out"] if "out" in w else s

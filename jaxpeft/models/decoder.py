@@ -196,14 +196,11 @@ class Decoder(Model):
         """
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
         if positions is None:
-            positions = _count(mask) if cache is None else _count(mask) + cache["count"][:, None]
+            positions = count(mask) if cache is None else count(mask) + cache["count"][:, None]
         x = self.embed_tokens(tokens)
-        rope = rope_frequencies(self.config, positions)
         if cache is None:
-            slots = jnp.arange(tokens.shape[1])
-            visible = _visible(slots, slots, positions, positions, mask, self.config.sliding_window)
-            x = self._run(x, rope, visible)
-            return self._logits(x)
+            return self._logits(self.layered(x, positions, mask))
+        rope = rope_frequencies(self.config, positions)
         start = cache["index"]
         cache = cache | {
             "positions": _write(cache["positions"], positions, start),
@@ -219,6 +216,12 @@ class Decoder(Model):
         )  # fmt: skip
         x, keys, values = self._run_cached(x, rope, visible, cache["k"], cache["v"], start)
         return self._logits(x), cache | {"k": keys, "v": values}
+
+    def layered(self, x: Array, positions: Array, mask: Array) -> Array:
+        """What the layers make of embeddings `x` (B, T, D), in front of the last norm."""
+        rope, slots = rope_frequencies(self.config, positions), jnp.arange(x.shape[1])
+        visible = _visible(slots, slots, positions, positions, mask, self.config.sliding_window)
+        return self._run(x, rope, visible)
 
     def names(self) -> tuple[Name, ...]:
         """The weights' names in Hugging Face's and llama.cpp's files."""
@@ -291,7 +294,8 @@ class Decoder(Model):
         return jnp.matmul(x, head, preferred_element_type=jnp.float32)
 
 
-def _count(mask: Array) -> Array:
+def count(mask: Array) -> Array:
+    """The position of each token, counted from the mask of those that are no padding."""
     return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
 
 

@@ -1,5 +1,6 @@
 """ShadowPEFT against PEFT on a tiny Llama, with the state starting as PEFT's own parts start it."""
 
+import json
 import types
 
 import jax
@@ -11,7 +12,8 @@ import torch
 from peft.tuners.shadow.model import _TokenShadowBackbone
 
 import jaxpeft as jp
-from jaxpeft.methods.shadow import shadow, shadow_start
+from jaxpeft.methods.shadow import shadow
+from jaxpeft.methods.shadow_backbone import shadow_start
 from jaxpeft.models import load
 from tests.hf.conftest import PEFT_WARNINGS
 from tests.methods.quick import IDS, decoder, filled, quick
@@ -129,6 +131,63 @@ def test_it_equals_peft(oracle, tokens, blocks):  # noqa: F811
 
 def _grad(weight):
     return np.zeros(weight.shape) if weight.grad is None else weight.grad
+
+
+@pytest.mark.parametrize("sizes", [{}, {"num_hidden_layers": 2, "intermediate_size": 20}])
+def test_files_of_peft_with_a_mirror_are_read_and_written(oracle, tokens, tmp_path, sizes):  # noqa: F811
+    torch_model, directory = oracle("llama")
+    model, params = load(directory)
+    config = peft.ShadowConfig(
+        r=RANK, update_hidden_size=HIDDEN, shadow_alpha=0.7, init_weights=False,
+        task_type="CAUSAL_LM", **{f"shadow_{name}": size for name, size in sizes.items()},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    wrap = peft.get_peft_model(torch_model, config).eval()
+    wrap.save_pretrained(tmp_path / "peft")
+    mask = np.ones_like(tokens)
+    mask[1, :4] = 0
+    given = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(mask)}
+    places = np.maximum(mask.cumsum(1) - 1, 0)
+    given["position_ids"] = torch.tensor(places)
+    expected = wrap(**given, use_cache=False).logits.detach().numpy()
+    wrap.unload()
+
+    tuned, adapter = jp.hf.load_adapter(tmp_path / "peft", model)
+    real = mask.astype(bool)
+    found, plain = quick(
+        lambda: (tuned.apply(adapter, params, tokens, mask=real), model.apply(params, tokens))
+    )()
+    np.testing.assert_allclose(found[real], expected[real], rtol=1e-4, atol=1e-4)
+    assert np.abs(found - plain)[real].max() > 1e-2
+    with pytest.raises(ValueError, match="`shadow` attends to whole sequences"):
+        tuned.apply(adapter, params, tokens, cache=model.init_cache(2, 12))
+
+    jp.hf.save_adapter(tmp_path / "own", tuned, adapter, model=model)
+    again = peft.PeftModel.from_pretrained(torch_model, tmp_path / "own").eval()
+    np.testing.assert_allclose(
+        again(**given, use_cache=False).logits.detach()[real], expected[real], rtol=1e-5, atol=1e-5
+    )
+    again.unload()
+    _, back = jp.hf.load_adapter(tmp_path / "own", model)
+    jax.tree.map(np.testing.assert_array_equal, dict(back), dict(adapter))
+
+
+def test_what_a_file_cannot_hold_or_ask_for_is_refused(oracle, tmp_path):  # noqa: F811
+    model, params = load(oracle("llama")[1])
+    tuned = jp.transform(model, shadow(2))
+    adapter = jax.eval_shape(tuned.init, jax.random.key(0), params, IDS)
+    with pytest.raises(jp.hf.PeftFormatError, match="starts from jaxpeft.models.mirror"):
+        jp.hf.save_adapter(tmp_path, tuned, filled(adapter), model=model)
+    good = {"peft_type": "SHADOW", "r": 2, "shadow_alpha": 0.1, "shadow_dropout": 0.2}
+    for option in (
+        {"shadow_model": "a/path"}, {"r": "2"}, {"shadow_num_hidden_layers": "x"},
+        {"target_modules": ["model.layers.1"]},
+    ):  # fmt: skip
+        (tmp_path / "adapter_config.json").write_text(json.dumps(good | option))
+        with pytest.raises(ValueError, match=next(iter(option))):
+            jp.hf.load_adapter(tmp_path, model)
+    with pytest.raises(TypeError, match="is no decoder"):
+        jp.models.mirror(torch)
 
 
 def test_with_a_cache_it_generates_the_same_tokens():
