@@ -72,5 +72,6 @@ from jaxpeft.methods.reft import noreft as noreft
 from jaxpeft.methods.shadow import shadow as shadow
 from jaxpeft.methods.shadow_backbone import shadow_start as shadow_start
 from jaxpeft.quant import loftq as loftq
+from jaxpeft.quant import offload as offload
 from jaxpeft.quant import pissa as pissa
 from jaxpeft.quant import quantize as quantize

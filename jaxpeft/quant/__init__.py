@@ -11,6 +11,7 @@ from jaxpeft.quant.formats import nf4 as nf4
 from jaxpeft.quant.formats import nvfp4 as nvfp4
 from jaxpeft.quant.merge import Merged as Merged
 from jaxpeft.quant.merge import merge as merge
+from jaxpeft.quant.offload import offload as offload
 from jaxpeft.quant.quantize import quantize as quantize
 from jaxpeft.quant.starts import loftq as loftq
 from jaxpeft.quant.starts import pissa as pissa

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpeft.core.memory import on_host
 from jaxpeft.core.sharding import explicit
 from jaxpeft.core.structured import Contraction
 from jaxpeft.quant import kernels
@@ -31,6 +32,9 @@ def product(weight: QuantizedWeight, op: Contraction) -> Array | None:
     """The result of a product, of any kind, with the weight on either side."""
     if op.kind == "gather":
         return op.bind(weight.materialize())
+    if any(map(on_host, weight.packed.values())):
+        # What the backward pass keeps has to be the arrays of the host, not their tiles here.
+        return _linear(weight, op)
     fused = _fused(weight, op)
     if fused is not None:
         return fused

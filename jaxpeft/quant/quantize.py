@@ -159,7 +159,7 @@ def choose(
     """
     sites = sites or {}
     if isinstance(rules, Format):
-        return {path: rules for path, leaf in pairs if _usual(path, leaf, rules, sites.get(path))}
+        return {path: rules for path, leaf in pairs if is_usual(path, leaf, rules, sites.get(path))}
     if not isinstance(rules, Rules):
         raise TypeError(f"rules are a format or rules((pattern, format), ...), got {rules!r}.")
     found: dict[str, Any] = {}
@@ -167,7 +167,7 @@ def choose(
         if not isinstance(fmt, Format) and fmt not in words:
             raise TypeError(f"quantize: {where!r} is paired with {fmt!r}, which is no format.")
         matches: Callable[[str, Any], bool] = compile_pattern(where)
-        hits = [path for path, leaf in pairs if matches(path, leaf) and _is_matrix(leaf)]
+        hits = [path for path, leaf in pairs if matches(path, leaf) and is_matrix(leaf)]
         if not hits:
             raise ValueError(unmatched(where, [path for path, _ in pairs], "matrices"))
         for path in hits:
@@ -175,14 +175,14 @@ def choose(
     return found
 
 
-def _is_matrix(leaf: Any) -> bool:
+def is_matrix(leaf: Any) -> bool:
     floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
     return floating and not isinstance(leaf, Structured) and len(leaf.shape) > 1
 
 
-def _usual(path: str, leaf: Any, fmt: Format, site: Site | None) -> bool:
+def is_usual(path: str, leaf: Any, fmt: Format, site: Site | None) -> bool:
     """Whether a bare format takes a leaf: matrices of products, of whole blocks, no tables."""
-    if not _is_matrix(leaf):
+    if not is_matrix(leaf):
         return False
     if site is not None:
         return site.linear and not site.table and _fits(leaf.shape, fmt, site)

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from jaxpeft.core.labels import Cut, Drop, Edit, Layout, Split, View
+from jaxpeft.core.memory import to_device
 from jaxpeft.core.sharding import automatic, fitting, placed_as, spread
 from jaxpeft.core.structured import Contraction, Structured, node, static
 from jaxpeft.quant.formats import Format, check
@@ -86,8 +87,9 @@ class QuantizedWeight(Structured):
 
     def unpack(self, packed: Mapping[str, Array], dtype: DTypeLike | None = None) -> Array:
         """The dense array that these packed arrays stand for, in this weight's views."""
+        packed = to_device(dict(packed))
         dense = functools.partial(self._dense, jnp.dtype(dtype or self.dtype))
-        return _viewed(self.tail, automatic(dense, self._sharding(packed), dict(packed)))
+        return _viewed(self.tail, automatic(dense, self._sharding(packed), packed))
 
     def _dense(self, dtype: Any, packed: dict[str, Array]) -> Array:
         matrix = _decode(packed, self.format, dtype)
@@ -144,7 +146,7 @@ class QuantizedWeight(Structured):
         spec = [None if label is None else asked.get(label) for label in self._major]
         packed = {
             name: placed_as(array, fitting(sharding.mesh, spec, array.shape))
-            for name, array in self.packed.items()
+            for name, array in to_device(dict(self.packed)).items()
         }
         return dataclasses.replace(self, packed=packed)
 
