@@ -42,6 +42,10 @@ def lora_twice():
     return jp.chain(lora(), jp.rules(("**", jp.lora(3))))
 
 
+def qalora():
+    return jp.qalora(1, alpha=3, group=5)
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A tuning, the cases that it runs on, and what its form promises."""
@@ -70,6 +74,7 @@ METHODS = {
     "rslora": Method(rslora, SOME[:1]),
     "full beside lora": Method(full_beside_lora, SOME),
     "lora + lora": Method(lora_twice, SOME),
+    "qalora": Method(qalora, tuple(case for case in SOME if "Experts" in case.id)),
 }
 PAIRS = [(method, case) for method in METHODS.values() for case in method.cases]
 IDS = [f"{name}: {case.id}" for name, method in METHODS.items() for case in method.cases]

@@ -23,6 +23,7 @@ METHODS = {
     "ia3": (ia3(), {}),
     "ia3 of activations": (jp.rules(("**/k_proj:out", ia3("activations"))), {}),
     "bitfit": (bitfit(), {}),
+    "qalora": (jp.qalora(2, alpha=3, group=4), {}),
     "p_tuning": (p_tuning(2, hidden=3), {}),
     "multitask": (multitask_prompt_tuning(2, 3, ranks=2), TASKS),
     "cpt": (cpt([5, 1, 7, 2], [1, 2, 3, 4], epsilon=20.0), {}),
@@ -35,7 +36,7 @@ METHODS = {
     "dropped": (jp.layers(jp.houlsby(width=2)), {"drop_layers": jnp.array(1)}),
 }
 # Whose form lets a fresh adapter change nothing.
-STILL = ("ia3", "llama_adapter", "layers", "dropped", "shadow")
+STILL = ("ia3", "qalora", "llama_adapter", "layers", "dropped", "shadow")
 MAPPED = (*STILL, "multitask", "cpt", "cartridge", "ladder", "attending ladder")
 
 
