@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
-from jaxpeft.core.contract import RULES, Labelled, product
+from jaxpeft.core.contract import RULES, Labelled, Numerics, product
 from jaxpeft.core.labels import Cut, Drop, Edit, Layout, Split, View
 from jaxpeft.core.sharding import place
 from jaxpeft.core.structured import Contraction, Structured, node, static
@@ -55,7 +55,9 @@ class Einsum(Structured):
     def materialize(self, dtype: DTypeLike | None = None) -> Array:
         wanted = tuple(label for axis in self.layout.axes for label in axis)
         first, *rest = map(Labelled, self.factors, self.owned)
-        array = product(first, rest, wanted, self.layout.size, self.scale)
+        # Accelerators multiply float32 in fewer bits unless told otherwise.
+        wide = Numerics(jnp.result_type(*self.factors), lax.Precision.HIGHEST)
+        array = product(first, rest, wanted, self.layout.size, self.scale, wide)
         return array.reshape(self.shape).astype(dtype or self.dtype)
 
     def view(self, view: View) -> Structured | None:

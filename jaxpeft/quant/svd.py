@@ -53,12 +53,14 @@ def randomized_svd(power: int = 8, *, oversample: int = 8, seed: int = 0) -> Svd
     def svd(matrix: Array, rank: int) -> Triplets:
         columns = min(rank + oversample, *matrix.shape[-2:])
         shape = (*matrix.shape[:-2], matrix.shape[-1], columns)
-        basis = matrix @ jax.random.normal(jax.random.key(seed), shape, matrix.dtype)
-        back = jnp.swapaxes(matrix, -1, -2)
-        for _ in range(power):
-            basis = matrix @ jnp.linalg.qr(back @ jnp.linalg.qr(basis)[0])[0]
-        basis, _ = jnp.linalg.qr(basis)
-        u, s, vt = exact_svd(jnp.swapaxes(basis, -1, -2) @ matrix, rank)
-        return basis @ u, s, vt
+        # Accelerators multiply float32 in fewer bits unless told otherwise.
+        with jax.default_matmul_precision("highest"):
+            basis = matrix @ jax.random.normal(jax.random.key(seed), shape, matrix.dtype)
+            back = jnp.swapaxes(matrix, -1, -2)
+            for _ in range(power):
+                basis = matrix @ jnp.linalg.qr(back @ jnp.linalg.qr(basis)[0])[0]
+            basis, _ = jnp.linalg.qr(basis)
+            u, s, vt = exact_svd(jnp.swapaxes(basis, -1, -2) @ matrix, rank)
+            return basis @ u, s, vt
 
     return svd

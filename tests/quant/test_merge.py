@@ -128,3 +128,13 @@ def test_stochastic_rounding_is_right_on_average_and_differs_by_weight():
     assert off.max() < 5 * 0.5 * step / count**0.5
     with pytest.raises(ValueError, match="no stochastic rounding"):
         jp.quantize({"a": w}, jp.quant.nf4(), key=jax.random.key(0))
+
+
+def test_sums_are_of_whole_float32_products_on_every_backend(made):
+    """By default accelerators round the factors first; the programs say not to."""
+    tuned, adapter, packed = made
+    merge = jax.make_jaxpr(tuned.merge)(adapter, packed)
+    svd = jax.make_jaxpr(lambda w: jp.quant.randomized_svd()(w, 2))(jnp.ones((64, 64)))
+    for program in (merge, svd):
+        text = str(program)
+        assert text.count("dot_general[") == text.count("Precision.HIGHEST, Precision.HIGHEST") > 0
