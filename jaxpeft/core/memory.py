@@ -35,6 +35,11 @@ def to_device(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, DEVICE) if on_host(x) else x, tree)
 
 
+def as_in(tree: Any, other: Any) -> Any:
+    """The arrays of a tree in the memory where those of another tree like it are."""
+    return jax.tree.map(lambda x, y: to_host(x) if on_host(y) else x, tree, other)
+
+
 def _to_host(x: Any) -> Any:
     if not x.ndim or on_host(x):
         return x

@@ -28,6 +28,7 @@ from jaxpeft.train.memory import step_memory as step_memory
 from jaxpeft.train.metrics import append_metrics as append_metrics
 from jaxpeft.train.metrics import read_metrics as read_metrics
 from jaxpeft.train.metrics import rewind_metrics as rewind_metrics
+from jaxpeft.train.offload import offload as offload
 from jaxpeft.train.optim import OPTIMIZERS as OPTIMIZERS
 from jaxpeft.train.optim import SCHEDULES as SCHEDULES
 from jaxpeft.train.optim import optimizer as optimizer

@@ -7,7 +7,10 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+
+from jaxpeft.core.memory import on_host
 
 Tree = TypeVar("Tree")
 
@@ -140,6 +143,9 @@ def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
 def _unflat(flat: Mapping[str, jax.Array], like: Tree) -> Tree:
     def leaf(path: Any, x: jax.Array) -> jax.Array:
         value = flat[_name(path)]
+        if on_host(x):
+            # Orbax gives the array in host memory a type that says device memory.
+            value = jax.device_put(np.asarray(value), x.sharding)
         return jax.random.wrap_key_data(value, impl=jax.random.key_impl(x)) if _is_key(x) else value
 
     return jax.tree_util.tree_map_with_path(leaf, like)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxpeft.core.memory import as_in, to_device
 from jaxpeft.core.tree import HOLE, combine
 from jaxpeft.train.apply import apply_updates
 from jaxpeft.train.loss import LossFn
@@ -139,7 +140,8 @@ def make_step(
     masks, where there is dropout). Gradients exist for the trainable leaves only. Where the loss
     or its gradient is not finite the state comes back as it was, step number included, and
     `Metrics` tells; the caller decides. The optimizer computes in float32 for leaves that are
-    narrower, and its sum with them is rounded once.
+    narrower, and its sum with them is rounded once. State of the optimizer that is in host memory
+    (see `offload`) goes back there.
 
     Args:
       loss_fn: `(adapter, params, batch, dropout_key) -> (total, count)`, see `causal_lm_loss`.
@@ -179,12 +181,14 @@ def make_step(
         scale = 1.0 / jnp.maximum(count, 1.0)
         grads = jax.tree.map(lambda g: g * scale, _wide(grads))
         metrics = Metrics(total * scale, optax.tree.norm(grads), count)
-        updates, opt_state = optimizer.update(grads, state.opt_state, _wide(active))
+        before = state._replace(opt_state=to_device(state.opt_state))
+        updates, opt_state = optimizer.update(grads, before.opt_state, _wide(active))
         rounding = jax.random.fold_in(key, ROUNDING) if stochastic_rounding else None
         adapter = combine(apply_updates(active, updates, rounding), fixed)
         after = State(adapter, opt_state, state.step + 1, state.key)
         finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
-        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state), metrics
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+        return after._replace(opt_state=as_in(after.opt_state, state.opt_state)), metrics
 
     return jax.jit(step, donate_argnums=0)
 

@@ -1,0 +1,88 @@
+"""Products with quantized weights under JAX's transforms equal those with the unpacked ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import jaxpeft as jp
+
+PARAMS = {"w": jax.random.normal(jax.random.key(0), (3, 64, 64)) / 8}
+X = jax.random.normal(jax.random.key(1), (2, 64))
+
+
+def model(params, x):
+    """A scan of rematerialized layers, a branch, and a loop, each around quantized weights."""
+
+    @jax.checkpoint
+    def layer(h, w):
+        return jnp.tanh(h @ w), None
+
+    w = params["w"]
+    h, _ = lax.scan(layer, x, w)
+    h = lax.cond(h.sum() > 0, lambda h: h @ w[0], lambda h: h @ w[1].T, h)
+    step = lambda i, h: jnp.tanh(h @ w[2]) + h  # noqa: E731
+    return lax.fori_loop(0, 2, step, h)
+
+
+def looped(params, x):
+    """As many times as the values say, which has no reverse mode."""
+    w = params["w"]
+    return lax.while_loop(lambda h: jnp.abs(h).sum() > 1, lambda h: jnp.tanh(h @ w[0]) / 2, x)
+
+
+@pytest.fixture(scope="module", params=[jp.quant.nf4(), jp.quant.int8()], ids=lambda f: f.name)
+def case(request):
+    packed = jp.quantize(PARAMS, request.param)
+    tuned = jp.transform(model, jp.lora(2), strict=True)
+    make = jax.vmap(lambda key: tuned.init(key, packed, X))
+    adapters = make(jax.random.split(jax.random.key(2), 3))
+    return packed, {"w": packed["w"].materialize()}, tuned, some_values(adapters)
+
+
+def some_values(adapters):
+    return jax.tree.map(lambda a: a + jnp.cos(jnp.arange(a.size)).reshape(a.shape) / 9, adapters)
+
+
+def equal(ours, theirs):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
+
+
+def test_many_adapters_with_their_gradients(case):
+    packed, dense, tuned, adapters = case
+
+    @jax.jit
+    def each(params):
+        loss = lambda adapter: jnp.sin(tuned.apply(adapter, params, X)).sum()  # noqa: E731
+        return jax.vmap(jax.value_and_grad(loss))(adapters)
+
+    equal(each(packed), each(dense))
+
+
+def test_a_scan_over_steps_of_training(case):
+    packed, dense, tuned, adapters = case
+    optimizer, start = optax.adam(1e-2), jax.tree.map(lambda a: a[0], adapters)
+
+    @jax.jit
+    def train(params):
+        def step(carry, x):
+            adapter, state = carry
+            loss, grads = jax.value_and_grad(
+                lambda adapter: (tuned.apply(adapter, params, x) ** 2).mean()
+            )(adapter)
+            updates, state = optimizer.update(grads, state)
+            return (optax.apply_updates(adapter, updates), state), loss
+
+        xs = jax.random.normal(jax.random.key(3), (4, *X.shape))
+        (adapter, _), losses = lax.scan(step, (start, optimizer.init(start)), xs)
+        return adapter, losses
+
+    equal(train(packed), train(dense))
+
+
+def test_a_loop_that_ends_where_the_values_say(case):
+    packed, dense, _, _ = case
+    run = jax.jit(jp.lift(looped, strict=True))
+    equal(run(packed, X), run(dense, X))
