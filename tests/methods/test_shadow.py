@@ -203,6 +203,43 @@ def test_with_a_cache_it_generates_the_same_tokens():
     np.testing.assert_array_equal(new, text[:, 3:])
 
 
+def test_layers_with_names_of_their_own():
+    """Looped layers hand the state on as scanned ones do, behind other methods too."""
+    w = np.random.default_rng(0).standard_normal((3, 4, 4)).astype("f") / 2
+    x = np.random.default_rng(1).standard_normal((2, 4)).astype("f")
+
+    def layer(x, w, name):
+        return jp.tap(x + jnp.tanh(jp.tap(x, f"{name}:in") @ w), f"{name}:out")
+
+    def scanned(params, x):
+        step = jax.checkpoint(lambda x, w: (layer(x, w, "layers"), None))
+        return jax.lax.scan(step, jp.tap(x, "embed:out"), params)[0]
+
+    def looped(params, x):
+        x = jp.tap(x, "embed:out")
+        for i in range(3):
+            x = layer(x, params[i], f"block_{i}")
+        return x
+
+    options = dict(alpha=1.0, blocks=1, width=3)
+    behind = jp.rules(("{layers,block_*}:in", jp.ia3("activations")))
+    one = jp.transform(scanned, jp.chain(behind, shadow(2, **options)))
+    many = jp.transform(looped, jp.chain(behind, shadow(2, **options, layers="block_*")))
+    adapter = filled(jax.eval_shape(one.init, jax.random.key(0), w, x))
+    sites = jax.eval_shape(many.init, jax.random.key(0), w, x).sites
+    leaves = {"embed:out": adapter["embed:out"]}
+    for i in range(3):
+        for side in ("in", "out"):
+            found = jax.tree.map(lambda leaf, i=i: leaf[i], adapter[f"layers:{side}"])
+            leaves[f"block_{i}:{side}"] = found
+    same = jp.Adapter(leaves, sites)
+    a, b, plain = quick(lambda: (one.apply(adapter, w, x), many.apply(same, w, x), scanned(w, x)))()
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert np.abs(a - plain).max() > 1e-2
+    starts = shadow_start(one, adapter, w, x), shadow_start(many, same, w, x)
+    np.testing.assert_allclose(*starts, rtol=1e-5, atol=1e-6)
+
+
 def test_numbers_and_starts_are_checked():
     (model, params), ids = decoder(), IDS
     for wrong in ({"rank": 0}, {"hidden": 0.5}, {"blocks": -1}, {"width": 0}, {"dropout": 1.0}):
