@@ -81,9 +81,15 @@ def writer(
         if method is not None:
             raise ValueError(f"quant_method={method!r}, but params hold no quantized weights.")
         return None
+    write = _WRITERS[_method(layers.formats, method)]
     for name, weight in layers.packed:
-        _check_axes(name, weight)
-    return _WRITERS[_method(layers.formats, method)](layers)
+        check_axes(name, weight)
+        if name.axes != LINEAR:
+            raise ValueError(
+                f"{name.path!r} is packed, but in a directory only linear layers are. Save it "
+                "dense: put weight.materialize() in its place."
+            )
+    return write(layers)
 
 
 def layer_of(weight: QuantizedWeight, name: Name, layer: int) -> Quantized:
@@ -97,7 +103,7 @@ def _method(formats: set[Format], method: str | None) -> str:
     if GGUF.name in kinds:
         raise ValueError(
             "GGUF blocks go into a .gguf file alone: save('model.gguf', model, params, "
-            "tokenizer_from='the-original.gguf'). For a directory, load the weights dense or in "
+            "tokenizer_from='original.gguf'). For a directory, load the weights dense or in "
             "another format."
         )
     if method is not None and method not in METHODS:
@@ -114,10 +120,9 @@ def _method(formats: set[Format], method: str | None) -> str:
     )
 
 
-def _check_axes(name: Name, weight: QuantizedWeight) -> None:
-    """Files have blocks along the inputs of a matrix (out, in)."""
-    roles = name.roles(len(weight.shape))
-    if weight.tail or weight.groups != roles or name.axes != LINEAR:
+def check_axes(name: Name, weight: QuantizedWeight) -> None:
+    """Refuses a packed weight whose blocks do not run along the inputs of a matrix (out, in)."""
+    if weight.tail or weight.groups != name.roles(len(weight.shape)):
         raise ValueError(
             f"{name.path!r} is quantized in a way that files do not have: blocks run along the "
             f"axes {weight.groups[1]} of {weight.shape}. Save it dense: put weight.materialize() "

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from jaxpeft.models.families import family_of
 from jaxpeft.models.files import INDEX, WEIGHTS
 from jaxpeft.models.gguf import find_gguf
+from jaxpeft.models.gguf_save import save_gguf
 from jaxpeft.models.model import Model
 from jaxpeft.models.names import Name
 from jaxpeft.models.packed_save import Writer, layer_of, writer
@@ -55,10 +56,12 @@ def save(
     place, so an interrupted save leaves no half-written file. `config.json` comes last.
 
     Args:
-        directory: made when absent. Weights of an earlier save in it are replaced.
+        directory: made when absent. Weights of an earlier save in it are replaced. Or the path of
+            a .gguf file, for a decoder whose weights are dense or in GGUF's formats.
         model: of `load`, for its names and configuration; its leaves may be abstract.
         params: its weights, all of one dtype; quantized ones count by the dtype that they show.
-        tokenizer_from: the Hugging Face directory or GGUF file whose tokenizer to save along.
+        tokenizer_from: the Hugging Face directory or GGUF file whose tokenizer to save along; for
+            a .gguf file, the one that the model came from, whose metadata it gets.
         shard_bytes: a larger model is split into several files of at most about this size.
         quant_method: "gptq" or "awq" for int4 weights, in place of compressed-tensors.
 
@@ -73,9 +76,15 @@ def save(
     """
     leaves = _leaves(model, params)
     dtype = _dtype(leaves)
-    packer = writer(model.names(), leaves, dtype, quant_method)
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
+    if directory.suffix == ".gguf":
+        if quant_method is not None:
+            raise ValueError(f"quant_method={quant_method!r} is for directories. Leave it out.")
+        source = None if tokenizer_from is None else Path(tokenizer_from)
+        save_gguf(directory, model, leaves, dtype, source)
+        return
+    packer = writer(model.names(), leaves, dtype, quant_method)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as name:
         written = Path(name)
         if tokenizer_from is not None:

@@ -34,7 +34,11 @@ def permute(values, heads):
 
 
 def write_gguf(path, model, *, arch="llama", quantize=False, divisors=None, pre="smollm"):
-    """Write a transformers model as llama.cpp's converter does."""
+    """Write a transformers model as llama.cpp's converter does.
+
+    `quantize` may be a function from the name of a matrix and its values to its blocks and their
+    kind.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name("tiny")
@@ -81,9 +85,16 @@ def add_tensors(writer, model, arch, quantize):
                 values = permute(values, config.num_attention_heads)
             if arch == "llama" and "k_proj" in name.path:
                 values = permute(values, config.num_key_value_heads)
-            kind = gguf.GGMLQuantizationType.Q8_0 if quantize and values.ndim == 2 else None
-            packed = values if kind is None else gguf.quantize(values, kind)
+            packed, kind = values, None
+            if quantize and values.ndim == 2:
+                pack = quantize if callable(quantize) else by_q8_0
+                packed, kind = pack(name.gguf.format(layer=layer), values)
             writer.add_tensor(name.gguf.format(layer=layer), packed, raw_dtype=kind)
+
+
+def by_q8_0(name, values):
+    kind = gguf.GGMLQuantizationType.Q8_0
+    return gguf.quantize(values, kind), kind
 
 
 def tiny(model_type="llama", **options):
