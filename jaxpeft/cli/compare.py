@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpeft.cli import models as common
+from jaxpeft.cli.formats import Quantize, packed_as, quantization
 from jaxpeft.cli.options import File, Integer, Text, flag
 from jaxpeft.cli.tasks import Prepared, Source, prepare
 
@@ -38,6 +39,7 @@ def compare(
     batch_size: int = 32,
     max_length: int = 128,
     head_learning_rate: float = 1e-2,
+    quantize: Quantize = None,
     seed: int = 0,
     resume: bool = False,
     cache: File = None,
@@ -68,6 +70,8 @@ def compare(
         batch_size: examples in a step.
         max_length: tokens; what is longer is cut from the end.
         head_learning_rate: of the new head, the same for all methods.
+        quantize: pack the linear layers, as for `finetune`, such as nf4, int8 or keep; methods that
+            train these weights themselves (full) then fail.
         seed: of the adapters' starts, the order of the examples and what is held out.
         resume: keep the results in the output directory and go on with the other methods.
         cache: where fetched files are kept, instead of ~/.cache/jaxpeft.
@@ -76,8 +80,9 @@ def compare(
 
     source = Source(
         model, data, task, test_data, test_fraction, limit, text_column, label_column, pooling,
-        batch_size, max_length, seed, cache,
+        batch_size, max_length, seed, cache, quantize,
     )  # fmt: skip
+    quantization(quantize)
     _check(epochs=epochs, steps=steps, batch_size=batch_size, max_length=max_length, limit=limit)
     train.read_specs(methods)
     console, began = Console(highlight=False), time.perf_counter()
@@ -109,7 +114,7 @@ def _plan(source: Source, prepared: Prepared, methods: int, steps: int) -> Table
     table = Table.grid(padding=(0, 2))
     total = common.count(prepared.task.params)
     for name, value in (
-        ("model", f"{source.model}, {total:,} parameters"),
+        ("model", f"{source.model}, {total:,} parameters{packed_as(prepared.task.params)}"),
         (
             "task",
             f"{prepared.about['task']}: {prepared.task.quality} of {prepared.test:,} examples",

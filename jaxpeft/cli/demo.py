@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpeft.cli import models as common
+from jaxpeft.cli.formats import Quantize, packed_as, quantization
 from jaxpeft.cli.reviews import LABELS, QUESTION, Review, made_up, read_reviews, split
 from jaxpeft.cli.tiny import write_tiny_model
 
@@ -47,6 +48,7 @@ def demo(
     cache: Path | None = None,
     output: Path = Path("jaxpeft-demo"),
     seed: int = 0,
+    quantize: Quantize = None,
 ) -> None:
     """Tune SmolLM2-135M to judge movie reviews, in about five minutes on two CPU cores.
 
@@ -59,14 +61,15 @@ def demo(
         cache: where downloads are kept, instead of ~/.cache/jaxpeft.
         output: directory for the adapter, the metrics and the plot of the loss.
         seed: of the adapter's start and the order of the sentences.
+        quantize: pack the frozen linear layers, such as nf4, int8 or (for this model's file) keep.
     """
     if steps < 1:
         raise ValueError(f"--steps {steps} trains nothing. Use 1 or more.")
-    began = time.perf_counter()
+    packing, began = quantization(quantize), time.perf_counter()
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory() as scratch:
         task = _made_up_task(Path(scratch)) if small else _task(cache)
-        run = _Run(task, steps, seed, console)
+        run = _Run(task, steps, seed, packing, console)
         run.introduce()
         before, answers_before = run.score(), run.answers()
         run.train(Path(scratch) / "run")
@@ -108,7 +111,7 @@ def record(review: Review) -> Any:
 class _Run:
     """The demo's model, data and adapter."""
 
-    def __init__(self, task: Task, steps: int, seed: int, console: Console):
+    def __init__(self, task: Task, steps: int, seed: int, packing: Any, console: Console):
         import jax
 
         import jaxpeft as jp
@@ -116,7 +119,7 @@ class _Run:
 
         self.task, self.steps, self.seed, self.console = task, steps, seed, console
         with console.status(f"Loading {task.name}"):
-            self.model, self.params = models.load(task.path)
+            self.model, self.params = models.load(task.path, quantize=packing)
             self.tokenizer = common.load_tokenizer(task.path)
         self.held_out = task.held_out[:HELD_OUT]
         self.samples = self.held_out[:SAMPLES]
@@ -139,7 +142,8 @@ class _Run:
         task, tuned = self.task, common.count(self.adapter)
         seen = min(self.steps * BATCH_SIZE, len(self.fitting))
         rows = (
-            ("model", f"{task.name}, {common.count(self.params):,} parameters, all frozen"),
+            ("model", f"{task.name}, {common.count(self.params):,} parameters, all frozen"
+             f"{packed_as(self.params)}"),
             ("adapter", f"LoRA of rank {RANK} on all layers, {tuned:,} parameters to train"),
             ("task", f'answer "{QUESTION}" with one word'),
             ("train", f"{self.steps} steps of {BATCH_SIZE} sentences: {seen:,} of the "

@@ -9,13 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpeft.cli import models as common
+from jaxpeft.cli.formats import packed_as, quantization
 from jaxpeft.cli.options import Options, check, write_options
 
 # What has to be the same for a run to continue. The rest may change: where files are, how often
 # to evaluate and save.
 _IDENTITY = (
     "rank", "alpha", "dropout", "targets", "learning_rate", "schedule", "warmup", "optimizer",
-    "weight_decay", "clip_norm", "accumulate", "seed", "dtype",
+    "weight_decay", "clip_norm", "accumulate", "seed", "dtype", "quantize",
 )  # fmt: skip
 
 
@@ -51,9 +52,11 @@ def finetune(training: Options) -> None:
     _save(options, tuned, state.adapter, model)
     console.print(_summary(options, began))
     console.print("\nTry it:\n")
+    packed = ("--quantize", options.quantize) if options.quantize else ()
     ask = common.command(
-        "jaxpeft", "generate", options.model, "--adapter", options.output, "--prompt", "..."
-    )
+        "jaxpeft", "generate", options.model, "--adapter", options.output, *packed,
+        "--prompt", "...",
+    )  # fmt: skip
     console.print(f"  {ask}", style="bold", soft_wrap=True, markup=False)
 
 
@@ -81,7 +84,12 @@ def _load(path: Path, options: Options, console: Console) -> tuple[Any, Any]:
     from jaxpeft import models
 
     with console.status(f"Loading {path.name}"):
-        return models.load(path, dtype=jnp.dtype(options.dtype), task="causal-lm")
+        return models.load(
+            path,
+            dtype=jnp.dtype(options.dtype),
+            quantize=quantization(options.quantize),
+            task="causal-lm",
+        )
 
 
 def _data(options: Options, tokenizer: Any) -> Data:
@@ -189,7 +197,7 @@ def _plan(path: Path, params: Any, adapter: Any, data: Data, steps: int) -> Tabl
     held = f", {len(data.evaluation.examples):,} held out" if data.evaluation else ""
     table = Table.grid(padding=(0, 2))
     for name, value in (
-        ("model", f"{path.name}, {total:,} parameters, all frozen"),
+        ("model", f"{path.name}, {total:,} parameters, all frozen{packed_as(params)}"),
         ("adapter", f"{len(adapter)} sites, {trained:,} parameters to train"),
         ("data", f"{len(data.train.examples):,} examples{held}"),
         ("train", f"{steps:,} steps of {data.train.batch_size}"),

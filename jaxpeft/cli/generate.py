@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from jaxpeft.cli import models as common
+from jaxpeft.cli.formats import Quantize, quantization
 from jaxpeft.cli.options import Dtype, File, Number, Text
 from jaxpeft.cli.text import pieces
 
@@ -37,6 +38,7 @@ def generate(
     seed: int = 0,
     no_template: bool = False,
     dtype: Dtype = "float32",
+    quantize: Quantize = None,
     cache: File = None,
 ) -> None:
     """Write text, token by token.
@@ -56,6 +58,7 @@ def generate(
         seed: of the random draws.
         no_template: continue the bare text, without the chat template.
         dtype: of the weights.
+        quantize: pack the linear layers, as for `finetune`, such as nf4, int8 or keep.
         cache: where a fetched model is kept, instead of ~/.cache/jaxpeft.
     """
     if chat and (prompt is not None or no_template):
@@ -64,8 +67,8 @@ def generate(
         raise ValueError("--system is part of the chat template. Leave out --no-template.")
     settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     _check(settings)
-    asked = "" if chat else _prompt(prompt)
-    speaker = _speaker(common.locate(model, cache), adapter, dtype)
+    packing, asked = quantization(quantize), "" if chat else _prompt(prompt)
+    speaker = _speaker(common.locate(model, cache), adapter, dtype, packing)
     if chat:
         _talk(speaker, system, settings, seed)
         return
@@ -94,17 +97,19 @@ def _prompt(prompt: str | None) -> str:
     return text
 
 
-def _speaker(path: Path, adapter: Path | None, dtype: str) -> Speaker:
+def _speaker(path: Path, adapter: Path | None, dtype: str, packing: Any) -> Speaker:
     import jax.numpy as jnp
 
+    import jaxpeft as jp
     from jaxpeft import hf, models
 
     tokenizer = common.load_tokenizer(path)
-    model, params = models.load(path, dtype=jnp.dtype(dtype), task="causal-lm")
+    dtyped = jnp.dtype(dtype)
+    model, params = models.load(path, dtype=dtyped, quantize=packing, task="causal-lm")
     # The end of a turn may be another token than the end of a text.
     ends = {*model.config.eos_token_id, *filter(None, [tokenizer.eos_token_id])}
     if adapter is None:
-        return Speaker(model, model.apply, (params,), tokenizer, tuple(sorted(ends)))
+        return Speaker(model, jp.lift(model.apply), (params,), tokenizer, tuple(sorted(ends)))
     tuned, leaves = hf.load_adapter(adapter, model, params=params)
     return Speaker(model, tuned.apply, (leaves, params), tokenizer, tuple(sorted(ends)))
 

@@ -89,15 +89,26 @@ def _run(place: Path, steps: Mapping[int, Path], console: Console) -> None:
 def _model(place: Path, console: Console) -> None:
     from jaxpeft.models.load import open_checkpoint
 
-    config = open_checkpoint(place).config
+    checkpoint = open_checkpoint(place)
+    config = checkpoint.config
     sites = _sites(config)
     total = sum(site.size for site in sites)
     console.print(f"[bold]Model[/]: {place}, {common.megabytes(common.size_on_disk(place))}")
     shown = _decoder(config) if hasattr(config, "num_key_value_heads") else _options(config)
-    _pairs(console, {"architecture": config.model_type} | shown | {"parameters": f"{total:,}"})
+    rows = {"architecture": config.model_type} | shown | {"parameters": f"{total:,}"}
+    _pairs(console, rows | _packed(checkpoint))
     console.print(_table(sites))
     wide, narrow = common.megabytes(4 * total), common.megabytes(2 * total)
     console.print(f"{wide} in float32, {narrow} in bfloat16")
+
+
+def _packed(checkpoint: Any) -> dict[str, str]:
+    """How many weights are packed, and the format of the first of them."""
+    if not checkpoint.packed:
+        return {}
+    name, weight = next(iter(checkpoint.packed.items()))
+    number = f"{len(checkpoint.packed)} of {len(checkpoint.shapes)} tensors"
+    return {"packed": f"{number}, such as {name} in {weight.read().format}"}
 
 
 def _decoder(config: Any) -> dict[str, Any]:

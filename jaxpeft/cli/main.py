@@ -17,6 +17,7 @@ from jaxpeft.cli.inspect import inspect
 from jaxpeft.cli.merge import merge
 from jaxpeft.cli.options import with_file
 from jaxpeft.cli.plan import plan
+from jaxpeft.cli.quantize import quantize
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": inspect,
     "compare": compare,
     "plan": plan,
+    "quantize": quantize,
 }
 _DESCRIPTION = (
     "Fine-tune language models with small adapters, in JAX. "

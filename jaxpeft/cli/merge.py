@@ -1,5 +1,7 @@
 """`jaxpeft merge`: a model with an adapter baked in, for any program that loads the model."""
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -7,9 +9,17 @@ import tyro
 from rich.console import Console
 
 from jaxpeft.cli import models as common
+from jaxpeft.cli.formats import Quantize, packed_as, quantization
 from jaxpeft.cli.options import Dtype, File, Text
 
 Place = tyro.conf.Positional[Path]
+
+
+class Summed(NamedTuple):
+    """Merged params, of which nothing was packed again."""
+
+    params: Any
+    errors: Mapping[str, Any] = {}
 
 
 class Rounding(NamedTuple):
@@ -30,6 +40,8 @@ def merge(
     output: Annotated[Place, tyro.conf.arg(metavar="OUTPUT")],
     *,
     dtype: Dtype = "float32",
+    quantize: Quantize = None,
+    dense: bool = False,
     force: bool = False,
     cache: File = None,
 ) -> None:
@@ -43,30 +55,54 @@ def merge(
         adapter: directory of a LoRA adapter in Hugging Face PEFT's format.
         output: the directory to write.
         dtype: of the written weights. They are summed in float32 and rounded once.
+        quantize: pack the model's weights first, as `finetune` did when it trained the adapter,
+            such as nf4 or keep. What was packed is packed again after the sum.
+        dense: write all weights dense, also those that --quantize packed.
         force: write even if the output directory is not empty.
         cache: where a fetched model is kept, instead of ~/.cache/jaxpeft.
     """
     from jaxpeft import hf, models
 
+    packing = quantization(quantize)
     console = Console(highlight=False)
     path = common.locate(model, cache)
-    _check_output(output, path, force)
+    check_output(output, path, force)
     with console.status(f"Merging {adapter} into {path.name}"):
-        decoder, params = models.load(path)
+        decoder, params = models.load(path, quantize=packing)
         tuned, leaves = hf.load_adapter(adapter, decoder, params=params)
-        merged = tuned.merge(leaves, params)
-        written = _cast(merged, dtype)
+        summed = _sum(tuned, leaves, params, again=packing is not None and not dense)
+        written = _cast(summed.params, dtype, dense)
         models.save(output, decoder, written, tokenizer_from=path)
-    rounding = _rounding(params, merged, written, list(leaves))
-    console.print(f"Merged {len(leaves)} sites: {output}/, {dtype}, {_size(output)}.")
-    console.print(
-        f"Rounding to {dtype} changes a merged weight by at most {rounding.relative:.2g} of it, "
-        f"and the update by {rounding.update:.2g} of its norm.",
-        soft_wrap=True,
+    size = common.megabytes(common.size_on_disk(output))
+    packed = packed_as(written)
+    console.print(f"Merged {len(leaves)} sites: {output}/, {dtype}, {size} on disk{packed}.")
+    if summed.errors:
+        console.print(_worst(summed.errors), soft_wrap=True)
+    if plain := [path for path in leaves if path not in summed.errors]:
+        rounding = _rounding(params, summed.params, written, plain)
+        console.print(
+            f"Rounding to {dtype} changes a merged weight by at most {rounding.relative:.2g} of "
+            f"it, and the update by {rounding.update:.2g} of its norm.",
+            soft_wrap=True,
+        )
+
+
+def _sum(tuned: Any, leaves: Any, params: Any, *, again: bool) -> Any:
+    """The merged params, and the errors of weights that are packed `again`."""
+    from jaxpeft import quant
+
+    return quant.merge(tuned, leaves, params) if again else Summed(tuned.merge(leaves, params))
+
+
+def _worst(errors: Mapping[str, Any]) -> str:
+    path = max(errors, key=lambda path: float(errors[path].max_relative))
+    return (
+        f"Packing the sums again moves a weight by at most {errors[path].max_relative:.2g} of the "
+        f"largest one of {path}."
     )
 
 
-def _check_output(output: Path, model: Path, force: bool) -> None:
+def check_output(output: Path, model: Path, force: bool) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"OUTPUT {output} is a file. Give a directory.")
     if output.resolve() in (model.resolve(), model.resolve().parent):
@@ -78,31 +114,40 @@ def _check_output(output: Path, model: Path, force: bool) -> None:
         )
 
 
-def _cast(params: Any, dtype: str) -> Any:
+def _cast(params: Any, dtype: str, dense: bool) -> Any:
     import jax
     import jax.numpy as jnp
 
-    return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
+    from jaxpeft.quant import QuantizedWeight
+
+    def cast(x: Any) -> Any:
+        wanted = jnp.dtype(dtype)
+        if not isinstance(x, QuantizedWeight):
+            return x.astype(wanted)
+        # A packed weight keeps its arrays, and shows another dtype.
+        return x.materialize(wanted) if dense else dataclasses.replace(x, dtype=wanted)
+
+    return jax.tree.map(cast, params, is_leaf=lambda x: isinstance(x, QuantizedWeight))
 
 
 def _rounding(params: Any, merged: Any, written: Any, paths: list[str]) -> Rounding:
     """Compares what was written with the float32 sum, at the merged weights."""
     import numpy as np
 
+    from jaxpeft.core.structured import Structured, dense
     from jaxpeft.core.tree import leaves_with_paths
 
-    trees = (dict(leaves_with_paths(tree)[0]) for tree in (params, merged, written))
+    whole = lambda x: isinstance(x, Structured)  # noqa: E731
+    trees = (dict(leaves_with_paths(tree, whole)[0]) for tree in (params, merged, written))
     before, exact, rounded = trees
     relative, error, update = 0.0, 0.0, 0.0
     for path in paths:
-        base, sum_, stored = (np.asarray(t[path], np.float32) for t in (before, exact, rounded))
+        base, sum_, stored = (
+            np.asarray(dense(t[path]), np.float32) for t in (before, exact, rounded)
+        )
         off = np.abs(stored - sum_)
         nonzero = np.abs(sum_) > np.finfo(np.float16).tiny
         relative = max(relative, float(np.max(off[nonzero] / np.abs(sum_[nonzero]), initial=0.0)))
         error += float(np.sum(off**2, dtype=np.float64))
         update += float(np.sum((sum_ - base) ** 2, dtype=np.float64))
     return Rounding(relative, (error / update) ** 0.5 if update else 0.0)
-
-
-def _size(output: Path) -> str:
-    return common.megabytes(common.size_on_disk(output))

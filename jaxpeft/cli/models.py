@@ -1,5 +1,6 @@
 """Models, tokenizers and adapters as the commands name them."""
 
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,10 +107,17 @@ def size_on_disk(path: Path) -> int:
 
 
 def count(tree: Any) -> int:
-    """Number of parameters in a tree of arrays."""
+    """Number of parameters in a tree of arrays; a quantized weight counts as if it were dense."""
+    return sum(math.prod(leaf.shape) for leaf in weights(tree))
+
+
+def weights(tree: Any) -> list[Any]:
+    """The leaves of a tree, quantized ones whole."""
     import jax
 
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    from jaxpeft.quant import QuantizedWeight
+
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, QuantizedWeight))
 
 
 def megabytes(size: float) -> str:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from jaxpeft.cli.formats import Quantize, quantization
 from jaxpeft.cli.models import DTYPES
 
 Text = tyro.conf.Positional[str]
@@ -50,6 +51,8 @@ class Options:
         resume: continue from the newest checkpoint in the output directory, to the same bits.
         seed: of the adapter's start, the order of the examples and the dropout.
         dtype: of the frozen weights; the adapter is float32.
+        quantize: pack the frozen linear layers, such as nf4 (QLoRA), int8 or int4:block=64; or
+            "keep" for a model whose files hold them packed, which else become dense.
         cache: where a fetched model is kept, instead of ~/.cache/jaxpeft.
     """
 
@@ -80,6 +83,7 @@ class Options:
     resume: bool = False
     seed: int = 0
     dtype: Dtype = "float32"
+    quantize: Quantize = None
     cache: File = None
 
 
@@ -112,6 +116,7 @@ def check(options: Options) -> None:
         _check(name, given[name], given[name] is None or given[name] > 0, "a number above 0")
     for name in ("dropout", "eval_fraction"):
         _check(name, given[name], 0 <= given[name] < 1, "a share from 0 to below 1")
+    quantization(options.quantize)
     if options.eval_data and options.eval_fraction:
         raise ValueError("--eval-data and --eval-fraction are both given. Use one of them.")
     if options.batch_size % options.accumulate:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxpeft.cli import models as common
+from jaxpeft.cli.formats import quantization
 
 FETCHABLE = "minilm-l6"
 REVIEWS = "movie-reviews"
@@ -28,6 +29,7 @@ class Source(NamedTuple):
     max_length: int
     seed: int
     cache: Path | None
+    quantize: str | None = None
 
 
 class Prepared(NamedTuple):
@@ -71,6 +73,7 @@ def prepare(source: Source) -> Prepared:
     make = {CAUSAL: _language, "regression": _regression}.get(kind, _classification)
     task, tested = make(source, path, train, test)
     about = {"model": source.model, "task": kind, "pooling": source.pooling, "test": tested}
+    about |= {"quantize": source.quantize} if source.quantize else {}
     return Prepared(task, about, len(train), len(test))
 
 
@@ -184,7 +187,10 @@ def _of_texts(
     for side, wanted, seed in zip((train, test), labels, (source.seed, None), strict=True):
         arrays = tokenize([row.text for row in side], tokenizer, source.max_length)
         rows.append(Rows({**arrays, "labels": wanted}, source.batch_size, seed=seed))
-    model, params = models.load(path, task="token-classification", labels=names, seed=source.seed)
+    packing = quantization(source.quantize)
+    model, params = models.load(
+        path, quantize=packing, task="token-classification", labels=names, seed=source.seed
+    )
     return make(model, params, *rows, pooling=source.pooling), rows[1].fingerprint()
 
 
@@ -203,5 +209,5 @@ def _language(
         training.Batches(side, source.batch_size, seed=seed, lengths=lengths)
         for side, seed in zip(sides, (source.seed, None), strict=True)
     )
-    model, params = models.load(path, task=CAUSAL)
+    model, params = models.load(path, quantize=quantization(source.quantize), task=CAUSAL)
     return training.language_modelling(model, params, batches, held), held.fingerprint()

@@ -180,10 +180,10 @@ def _option(item: str, text: str) -> tuple[str, Any]:
     name, equals, value = item.partition("=")
     if not (name and equals and value):
         raise ValueError(f'{text!r}: {item!r} is no option. Write "lora:rank=8,lr=1e-3".')
-    return name.strip(), _value(value.strip())
+    return name.strip(), value_of(value.strip())
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
     """A bool, None, an int, a float, or else the text."""
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
