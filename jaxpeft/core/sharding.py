@@ -8,11 +8,6 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-try:
-    from jax.experimental.shard_alike import shard_alike
-except ImportError:  # JAX 0.11 has no such constraint
-    shard_alike = None  # type: ignore[assignment]
-
 
 def inherit(leaf: jax.Array, weight: Any, axes: Sequence[int | None]) -> jax.Array:
     """`leaf` placed like `weight`: its axis i is split as axis `axes[i]` of the weight is.
@@ -110,13 +105,6 @@ def automatic(f: Callable[..., Any], out: Any, *args: Any) -> Any:
     if not any(explicit(x) for x in jax.tree.leaves(args)):
         return f(*args)
     return jax.sharding.auto_axes(f, out_sharding=out)(*args)
-
-
-def alike(x: jax.Array, other: jax.Array) -> jax.Array:
-    """`x` placed as `other`, of the same shape: by type, or by the compiler on auto meshes."""
-    if explicit(other):
-        return like(x, other)
-    return x if shard_alike is None else shard_alike(x, other)[0]
 
 
 def placed_as(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxpeft.core.sharding import alike, automatic, placed_as, spread
-from jaxpeft.quant.formats.dynamic import BLOCK, decode_dynamic, dynamic_table, encode_dynamic
+from jaxpeft.core.sharding import automatic, placed_as, spread
+from jaxpeft.quant.formats.dynamic import BLOCK, codes_of, decode_dynamic, dynamic_table
 
 Array = jax.Array
 MIN_SIZE = 4096
@@ -176,10 +176,7 @@ def _leaf(g: Array, mu: Any, nu: Any, *, count: Array, b1: float, b2: float, eps
         return (u, m, v) if small else (u, _encode(m, True), _encode(v, False))
 
     kept = spread(g, g.shape) if small else _shardings(g)
-    u, m, v = automatic(step, (spread(g, g.shape), kept, kept), g, mu, nu, count)
-    if small:
-        return u, m, v
-    return u, m._replace(codes=alike(m.codes, g)), v._replace(codes=alike(v.codes, g))
+    return automatic(step, (spread(g, g.shape), kept, kept), g, mu, nu, count)
 
 
 def _bias(decay: float, count: Array) -> Array:
@@ -209,20 +206,23 @@ def _blocked(x: Array) -> Array:
     return jnp.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
 
 
-def _unblocked(x: Array, shape: Sequence[int]) -> Array:
+def _spread(absmax: Array, shape: Sequence[int]) -> Array:
+    """The absmax of each element's block, in the leaf's shape."""
+    each = jnp.broadcast_to(absmax[..., None], (*absmax.shape, BLOCK))
     if _whole(shape):
-        return x.reshape(shape)
-    return x.reshape(-1)[: math.prod(shape)].reshape(shape)
+        return each.reshape(shape)
+    return each.reshape(-1)[: math.prod(shape)].reshape(shape)
 
 
+# Codes and values are made element by element in the leaf's shape, so that the compiler splits them
+# over an auto mesh as it does the leaf.
 def _encode(x: Array, signed: bool) -> Moment:
-    codes, absmax = encode_dynamic(_blocked(x), signed=signed)
-    return Moment(_unblocked(codes, x.shape), absmax)
+    absmax = jnp.max(jnp.abs(_blocked(x)), axis=-1)
+    return Moment(codes_of(x, _spread(absmax, x.shape), signed=signed), absmax)
 
 
 def _decode(moment: Moment | Array, signed: bool) -> Array:
     if not isinstance(moment, Moment):
         return moment
     codes, absmax = moment
-    values = decode_dynamic(_blocked(codes), absmax[..., None], signed=signed)
-    return _unblocked(values, codes.shape)
+    return decode_dynamic(codes, _spread(absmax, codes.shape), signed=signed)

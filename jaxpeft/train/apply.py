@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpeft.core.sharding import alike
+from jaxpeft.core.sharding import like
 
 Array = jax.Array
 
@@ -56,6 +56,6 @@ def _add(x: Array, u: Array, key: Array) -> Array:
     side = jnp.where(off > 0, jnp.inf, -jnp.inf).astype(x.dtype)
     other = jnp.nextafter(near, side)
     step = other.astype(exact.dtype) - near.astype(exact.dtype)
-    noise = alike(jax.random.uniform(key, x.shape), x)
+    noise = like(jax.random.uniform(key, x.shape), x)
     # Where the sum is not finite, so are these: the comparison is false and `near` stays.
     return jnp.where(noise * jnp.abs(step) < jnp.abs(off), other, near)

@@ -62,8 +62,13 @@ def encode_dynamic(x: Array, *, signed: bool = True) -> tuple[Array, Array]:
         uint8 codes of the shape of `x`, and float32 absmax `(...)`.
     """
     largest = jnp.max(jnp.abs(x), axis=-1)
-    scaled = x * (1 / jnp.maximum(largest, SMALLEST))[..., None]
-    return nearest(jnp.clip(scaled, -1, 1), dynamic_table(signed)), largest
+    return codes_of(x, largest[..., None], signed=signed), largest
+
+
+def codes_of(x: Array, largest: Array, *, signed: bool = True) -> Array:
+    """Codes of the values nearest to `x / largest`; `largest` broadcasts against `x`."""
+    scaled = x * (1 / jnp.maximum(largest, SMALLEST))
+    return nearest(jnp.clip(scaled, -1, 1), dynamic_table(signed))
 
 
 def decode_dynamic(codes: Array, scale: Array, *, signed: bool = True) -> Array:
