@@ -38,6 +38,10 @@ def full_beside_lora():
     return jp.rules(("**", jp.lora(2, alpha=3)), ("**", jp.full()))
 
 
+def some_layers():
+    return jp.layers(lora(), [-1])
+
+
 def lora_twice():
     return jp.chain(lora(), jp.rules(("**", jp.lora(3))))
 
@@ -69,11 +73,15 @@ SOME = tuple(
         "Right, but dense: w * mask, a mask of the weight's shape",
     }
 )
+SCANNED = tuple(
+    case for case in SOME if case.id == "Flax linen loops and remat: nn.scan of nn.remat"
+)
 METHODS = {
     "lora": Method(lora),
     "rslora": Method(rslora, SOME[:1]),
     "full beside lora": Method(full_beside_lora, SOME),
     "lora + lora": Method(lora_twice, SOME),
+    "lora in some layers": Method(some_layers, SCANNED),
     "qalora": Method(qalora, tuple(case for case in SOME if "Experts" in case.id)),
 }
 PAIRS = [(method, case) for method in METHODS.values() for case in method.cases]

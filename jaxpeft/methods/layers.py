@@ -50,7 +50,8 @@ def layers(tuning: Any, select: Sequence[int] | slice = slice(None)) -> Any:
 
     Raises:
         TypeError: if `tuning` or `select` is no such thing.
-        ValueError: from `init`, if a stack has no such layers.
+        ValueError: if a method must be in all layers, as a prefix must; from `init`, if a stack has
+            no such layers.
 
     Example:
         >>> import jaxpeft as jp
@@ -75,6 +76,11 @@ def layers(tuning: Any, select: Sequence[int] | slice = slice(None)) -> Any:
 
 def in_layers(method: Method, select: tuple[int, ...] | slice) -> Method:
     """`layers` of one method."""
+    if method.needs.everywhere:
+        raise ValueError(
+            f"`{method.name}` must be in all layers: without it they take the placeholders for "
+            "tokens. Use llama_adapter, whose rows are beside the sequence, for some of them."
+        )
 
     def start(key: Array, site: Site, weight: Any) -> Leaves:
         kept = _numbers(select, site)

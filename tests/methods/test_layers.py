@@ -172,5 +172,7 @@ def test_bad_selections_are_told():
     for wrong in ("0:2", [0.5]):
         with pytest.raises(TypeError, match=r"slice\(6, None\)"):
             jp.layers(jp.lora(2), wrong)
+    with pytest.raises(ValueError, match="`prefix_tuning` must be in all layers"):
+        jp.layers(jp.prefix_tuning(2), [0])
     with pytest.raises(TypeError, match="a tuning is a method"):
         jp.layers("lora", [0])
