@@ -137,10 +137,10 @@ def comparison_table(report: Mapping[str, Any]) -> Table:
     """
     rows = [row for row in report["results"] if "failure" not in row]
     scores = list(report["baseline"])
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("method", no_wrap=True)
-    for name in (*scores, "parameters", "memory", "on disk", "s/step", "s in all"):
-        table.add_column(name, justify="right")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("method", overflow="fold")
+    for name in (*scores, "parameters", "memory", "on disk", "s/step", "seconds"):
+        table.add_column(name, justify="right", min_width=len(name), no_wrap=True)
     best = _best(rows, report)
     for row in rows:
         table.add_row(*_cells(row, scores), style="bold" if row is best else None)

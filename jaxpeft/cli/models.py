@@ -11,12 +11,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 Remat = Literal["projections", "layers", "none"]
 
 
-def locate(model: str, cache: Path | None = None) -> Path:
+def locate(model: str, cache: Path | None = None, fetchable: Sequence[str] = FETCHABLE) -> Path:
     """Where a model is: a path, or the name of one that can be fetched.
 
     Args:
-        model: a directory, a GGUF file, or one of `FETCHABLE`.
+        model: a directory, a GGUF file, or one of `fetchable`.
         cache: where fetched models are kept; see `jaxpeft.assets.fetch`.
+        fetchable: names of assets.
 
     Returns:
         An existing path.
@@ -24,13 +25,13 @@ def locate(model: str, cache: Path | None = None) -> Path:
     Raises:
         FileNotFoundError: there is nothing of that name.
     """
-    if model in FETCHABLE and not Path(model).exists():
+    if model in fetchable and not Path(model).exists():
         from jaxpeft.assets import fetch
 
         return fetch(model, cache=cache)
     path = Path(model).expanduser()
     if not path.exists():
-        names = ", ".join(FETCHABLE)
+        names = ", ".join(fetchable)
         raise FileNotFoundError(
             f"there is no model at {model!r}. Give the directory of a Hugging Face model "
             f"(config.json and model.safetensors), a .gguf file, or a name: {names}."

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jaxpeft.cli import models as common
 from jaxpeft.cli.formats import quantization
 
-FETCHABLE = "minilm-l6"
+FETCHABLE = ("minilm-l6", *common.FETCHABLE)
 REVIEWS = "movie-reviews"
 CAUSAL = "causal-lm"
 
@@ -69,7 +69,7 @@ def prepare(source: Source) -> Prepared:
     else:
         train, test = hold_out(rows, source.test_fraction, source.seed)
     train = train[: source.limit]
-    path = _locate(source)
+    path = common.locate(source.model, source.cache, FETCHABLE)
     make = {CAUSAL: _language, "regression": _regression}.get(kind, _classification)
     task, tested = make(source, path, train, test)
     about = {"model": source.model, "task": kind, "pooling": source.pooling, "test": tested}
@@ -119,14 +119,6 @@ def _kind(source: Source) -> str:
     except ValueError:
         return "classification"
     return "classification" if source.label in first else CAUSAL
-
-
-def _locate(source: Source) -> Path:
-    from jaxpeft.assets import fetch
-
-    if source.model == FETCHABLE and not Path(source.model).exists():
-        return fetch(FETCHABLE, cache=source.cache)
-    return common.locate(source.model, source.cache)
 
 
 def _records(source: Source, data: str) -> list[Any]:

@@ -79,15 +79,17 @@ def plot_comparison(report: Mapping[str, Any], image: str | os.PathLike[str]) ->
     if not rows:
         raise ValueError("no method has results, so there is nothing to draw.")
     figure = _figure(10, 7)
-    panels = figure.subplots(2, 2, sharey=True).flat
-    for axes, (cost, label, unit, scale) in zip(panels, _COSTS, strict=True):
+    panels = figure.subplots(2, 2, sharey=True)
+    for axes, (cost, label, unit, scale) in zip(panels.flat, _COSTS, strict=True):
         _panel(axes, rows, quality, cost, unit)
         if quality in report["baseline"]:
-            axes.axhline(report["baseline"][quality], color="grey", linestyle=":", label="baseline")
-        axes.set(xlabel=label, ylabel=quality, xscale=scale)
+            _baseline(axes, report["baseline"][quality])
+        axes.set(xlabel=label, xscale=scale)
         if scale == "linear":
             axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
+    for axes in panels[:, 0]:
+        axes.set_ylabel(quality)
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper")
     figure.savefig(image, format="png", dpi=120)
@@ -101,6 +103,14 @@ def _panel(
         if row.get(cost) and row.get(quality) is not None:
             mark = dict(color=f"C{i % 10}", marker="os^Dv"[i // 10 % 5], markersize=8)
             axes.plot([row[cost] / unit], [row[quality]], linestyle="", label=row["method"], **mark)
+
+
+def _baseline(axes: Any, value: float) -> None:
+    """A line, seen only near the methods: far away it would press these together."""
+    low, high = axes.get_ylim()
+    axes.axhline(value, color="grey", linestyle=":", label=f"baseline, {value:.3g}")
+    if not low - (high - low) < value < high + (high - low):
+        axes.set_ylim(low, high)
 
 
 def _figure(width: float, height: float) -> Any:

@@ -1,6 +1,7 @@
 """Methods as short texts, such as "lora:rank=8,lr=1e-3", for comparisons."""
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -11,6 +12,7 @@ from jaxpeft.core.rules import Rules, rules
 from jaxpeft.core.site import Site
 from jaxpeft.methods.adapters import compacter, houlsby, parallel_adapter, pfeiffer
 from jaxpeft.methods.bitfit import bitfit, norm_tuning
+from jaxpeft.methods.bottleneck import bottleneck
 from jaxpeft.methods.full import full
 from jaxpeft.methods.ia3 import ia3
 from jaxpeft.methods.lora import lora, rslora
@@ -164,10 +166,23 @@ def _part(part: str, text: str) -> tuple[Method | None, float, bool]:
         if options:
             raise ValueError(f"{text!r}: {PROBE} has no option but lr.")
         return None, rate, given
+    make = KNOWN[name].make
+    there = _options_of(make)
+    if unknown := options.keys() - there:
+        raise ValueError(
+            f"{text!r}: {name} has no option {min(unknown)!r}. It has lr, {', '.join(there)}."
+        )
     try:
-        return KNOWN[name].make(**{**KNOWN[name].options, **options}), rate, given
+        return make(**{**KNOWN[name].options, **options}), rate, given
     except (TypeError, ValueError) as error:
         raise ValueError(f"{text!r}: {error}") from error
+
+
+def _options_of(make: Callable[..., Any]) -> list[str]:
+    """The names of a factory's options; those that hand some on hand them to `bottleneck`."""
+    own = inspect.signature(make).parameters
+    names = [at for at, option in own.items() if option.kind is not option.VAR_KEYWORD]
+    return names if len(names) == len(own) else names + _options_of(bottleneck)
 
 
 def _rate(value: Any, text: str) -> float:

@@ -96,7 +96,7 @@ def test_options_and_learning_rates():
         ("", "'' names ''"),
         ("lora:8", "'8' is no option. Write"),
         ("lora:rank=0", "rank=0 is not a rank"),
-        ("lora:ranks=8", "unexpected keyword argument 'ranks'"),
+        ("lora:ranks=8", "lora has no option 'ranks'. It has lr, rank, alpha"),
         ("lora:lr=fast", "lr=fast is no learning rate"),
         ("lora:lr=-1", "lr=-1 is no learning rate"),
         ("probe:rank=2", "probe has no option but lr"),
