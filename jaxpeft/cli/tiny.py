@@ -61,7 +61,7 @@ def write_tiny_encoder(directory: Path, corpus: list[str]) -> Path:
     from jaxpeft.models.bert import Bert
     from jaxpeft.models.bert_config import BertConfig
 
-    tokenizer = _words(corpus)
+    tokenizer = _words(corpus, "[CLS] $A [SEP]", pad="[PAD]", unk="[UNK]", cls="[CLS]", sep="[SEP]")
     config = BertConfig(
         model_type="bert",
         vocab_size=len(tokenizer),
@@ -78,22 +78,53 @@ def write_tiny_encoder(directory: Path, corpus: list[str]) -> Path:
     return directory
 
 
-def _words(corpus: list[str]):
+def write_tiny_seq2seq(directory: Path, corpus: list[str]) -> Path:
+    """Writes a two-layer T5 with random weights, and a tokenizer of the words of a few sentences.
+
+    Args:
+        directory: the Hugging Face directory to make.
+        corpus: sentences; their words, split at spaces, are the vocabulary.
+
+    Returns:
+        `directory`.
+    """
+    from flax import nnx
+
+    from jaxpeft import models
+    from jaxpeft.models.t5 import T5
+    from jaxpeft.models.t5_config import T5Config
+
+    tokenizer = _words(corpus, "$A </s>", pad="<pad>", eos="</s>", unk="<unk>")
+    config = T5Config(
+        model_type="t5",
+        vocab_size=len(tokenizer),
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=4,
+    )
+    model = T5(config, rngs=nnx.Rngs(0))
+    models.save(directory, model, nnx.state(model))
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def _words(corpus: list[str], form: str, **special: str):
+    """A tokenizer of words; special tokens come first, in order, and `form` says where they go."""
     from tokenizers import Tokenizer, pre_tokenizers, processors
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    words = [*special, *sorted({word for text in corpus for word in text.split()})]
-    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    words = [*special.values(), *sorted({word for text in corpus for word in text.split()})]
+    numbers = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(WordLevel(numbers, unk_token=special["unk"]))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-        sep_token="[SEP]",
-    )  # fmt: skip
+    used = [(word, numbers[word]) for word in special.values() if word in form]
+    backend.post_processor = processors.TemplateProcessing(single=form, special_tokens=used)
+    names = {f"{name}_token": word for name, word in special.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
 def _tokenizer(corpus: list[str], vocab_size: int):
