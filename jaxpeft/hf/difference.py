@@ -12,7 +12,7 @@ from jaxpeft.core.adapter import is_shared
 from jaxpeft.core.method import Leaves, Method, resolve
 from jaxpeft.core.transform import Adapter, Tuned
 from jaxpeft.hf.paths import at_paths
-from jaxpeft.methods.lora import lora, rslora
+from jaxpeft.methods.lora import is_plain, lora, rslora
 
 
 def difference(tuned: Tuned, adapter: Adapter, start: Adapter) -> tuple[Tuned, Adapter]:
@@ -59,8 +59,11 @@ def difference(tuned: Tuned, adapter: Adapter, start: Adapter) -> tuple[Tuned, A
 def _doubled(path: str, method: Method) -> Method:
     """The same LoRA of twice the rank and the same scale."""
     options: dict[str, Any] = dict(method.options)
-    if method.name != "lora" or "ranks" in options:
-        raise ValueError(f"{path!r} has {method.name} {options}, not a plain lora() or rslora().")
+    if not is_plain(method):
+        raise ValueError(
+            f"{path!r} has {method.name} {options}; only of lora() and rslora() of all layers, "
+            "alone at its site, is there a difference."
+        )
     stabilized = options.pop("rslora", False)
     rank, alpha, _ = (options.pop(name) for name in ("rank", "alpha", "scale"))
     make, times = (rslora, math.sqrt(2)) if stabilized else (lora, 2)

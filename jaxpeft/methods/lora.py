@@ -98,6 +98,12 @@ def rslora(
     return _low_rank(rank, scale, dropout, tuple(fused), init, dtype, options)
 
 
+def is_plain(method: Method) -> bool:
+    """Whether a method is `lora` or `rslora` as made here, of all layers and nothing else."""
+    known = {*_options(1, None, 0.0, ()), "scale", "rslora"}
+    return method.name == "lora" and set(method.options) <= known
+
+
 def _options(
     rank: int, alpha: float | None, dropout: float, fused: Sequence[int]
 ) -> dict[str, Any]:

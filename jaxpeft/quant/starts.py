@@ -23,7 +23,7 @@ from jaxpeft.core.site import Site
 from jaxpeft.core.structured import Structured
 from jaxpeft.core.transform import Tuned
 from jaxpeft.core.tree import leaves_with_paths
-from jaxpeft.methods.lora import unfused
+from jaxpeft.methods.lora import is_plain, unfused
 from jaxpeft.quant.alternate import LOFTQ, PISSA, Layer, Scheme, alternated, by_layer
 from jaxpeft.quant.formats import Format
 from jaxpeft.quant.merge import formats_wanted, repack
@@ -187,10 +187,10 @@ def _low_rank(tuned: Tuned, adapter: Adapter) -> dict[str, Method]:
     chosen = resolve(tuned.tuning, own, tuned.head, whole=False)
     found = {path: m for path, m in chosen.items() if "lora" in m.name.split("+")}
     for path, method in found.items():
-        if method.name != "lora" or "ranks" in method.options:
+        if not is_plain(method):
             raise ValueError(
-                f"{path!r} has {method.name} {dict(method.options)}; only a plain lora() or "
-                "rslora() can start from the weight. Chain other methods by rules of other sites."
+                f"{path!r} has {method.name} {dict(method.options)}; only lora() or rslora() of "
+                "all layers, alone at its site, can start from the weight."
             )
     if not found:
         names = sorted({method.name for method in chosen.values()})

@@ -235,3 +235,16 @@ def test_a_failed_write_keeps_the_old_files(base, tokens, tmp_path, monkeypatch)
     with pytest.raises(OSError, match="disk full"):
         save_adapter(tmp_path, tuned, random_adapter(adapter))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_adapter_whose_start_changed_the_base_is_read_on_the_old_one(base, tokens, tmp_path):
+    """PiSSA on a residual base, as PEFT's plain LoRA of twice the rank on the original one."""
+    torch_model, model, params = base("llama")
+    tuned = jp.transform(model, jp.rules(QV))
+    rest, start = jp.pissa(tuned, tuned.init(jax.random.key(0), params, tokens), params)
+    noise = np.random.default_rng(0)
+    trained = jax.tree.map(lambda x: x + 0.1 * noise.standard_normal(x.shape).astype("f"), start)
+    save_adapter(tmp_path, *jp.hf.difference(tuned, trained, start))
+    theirs = torch_logits(peft.PeftModel.from_pretrained(torch_model, tmp_path), tokens)
+    ours = merged_logits(model, tuned, trained, rest, tokens)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)

@@ -225,6 +225,12 @@ def test_wrong_calls_are_named(made):
     )
     with pytest.raises(ValueError, match=r"'layers' has lora\+ia3"):
         jp.pissa(twice, twice.init(jax.random.key(0), params, X), params)
+    some = jp.transform(model, jp.layers(jp.rules(("layers", jp.lora(2))), slice(1, None)))
+    upper = some.init(jax.random.key(0), params, X)
+    with pytest.raises(ValueError, match="'layers' has lora.*all layers"):
+        jp.pissa(some, upper, params)
+    with pytest.raises(ValueError, match="'layers' has lora.*all layers"):
+        jp.hf.difference(some, upper, upper)
     with pytest.raises(ValueError, match="different sites"):
         jp.hf.difference(TUNED, fresh, twice.init(jax.random.key(0), params, X))
 
