@@ -1,4 +1,4 @@
-"""Prompts and prefixes with a cache give token for token what they give without one."""
+"""Prompts, prefixes and side networks with a cache give token for token what they give without one."""
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ METHODS = {
     "p_tuning": jp.p_tuning(2, hidden=3),
     "llama_adapter": jp.llama_adapter(2),
     "prompt and prefix": jp.chain(jp.prompt_tuning(2), jp.prefix_tuning(1)),
+    "ladder": jp.rules(("norm:in", jp.ladder(2, 2))),
     "layers": jp.layers(jp.chain(jp.houlsby(width=2), jp.llama_adapter(2)), [1]),
 }
 
