@@ -1,4 +1,4 @@
-"""Prompts, prefixes and side networks with a cache give token for token what they give without one."""
+"""Prompts, prefixes and side networks give with a cache, token for token, what they give without."""
 
 import jax
 import jax.numpy as jnp
