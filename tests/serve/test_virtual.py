@@ -1,4 +1,4 @@
-"""Prompts, prefixes and side networks give with a cache, token for token, what they give without."""
+"""Prompts, prefixes and side networks give the same tokens with a cache as without."""
 
 import jax
 import jax.numpy as jnp
