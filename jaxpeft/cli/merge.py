@@ -56,7 +56,8 @@ def merge(
         output: the directory to write.
         dtype: of the written weights. They are summed in float32 and rounded once.
         quantize: pack the model's weights first, as `finetune` did when it trained the adapter,
-            such as nf4 or keep. What was packed is packed again after the sum.
+            such as nf4 or keep. What was packed is packed again after the sum, and how far each
+            weight is from the sum is shown.
         dense: write all weights dense, also those that --quantize packed.
         force: write even if the output directory is not empty.
         cache: where a fetched model is kept, instead of ~/.cache/jaxpeft.
@@ -77,7 +78,8 @@ def merge(
     packed = packed_as(written)
     console.print(f"Merged {len(leaves)} sites: {output}/, {dtype}, {size} on disk{packed}.")
     if summed.errors:
-        console.print(_worst(summed.errors), soft_wrap=True)
+        console.print("Packing the sums again moves each weight by this much.")
+        console.print(_table(summed.errors))
     if plain := [path for path in leaves if path not in summed.errors]:
         rounding = _rounding(params, summed.params, written, plain)
         console.print(
@@ -94,12 +96,15 @@ def _sum(tuned: Any, leaves: Any, params: Any, *, again: bool) -> Any:
     return quant.merge(tuned, leaves, params) if again else Summed(tuned.merge(leaves, params))
 
 
-def _worst(errors: Mapping[str, Any]) -> str:
-    path = max(errors, key=lambda path: float(errors[path].max_relative))
-    return (
-        f"Packing the sums again moves a weight by at most {errors[path].max_relative:.2g} of the "
-        f"largest one of {path}."
-    )
+def _table(errors: Mapping[str, Any]) -> Any:
+    """The error of each weight that was packed again, against the exact sum."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table("weight", "rms", "largest, relative", box=SIMPLE_HEAD, padding=(0, 1))
+    for path, error in errors.items():
+        table.add_row(path, f"{error.rms:.2g}", f"{error.max_relative:.2g}")
+    return table
 
 
 def check_output(output: Path, model: Path, force: bool) -> None:

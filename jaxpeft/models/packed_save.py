@@ -155,6 +155,12 @@ def _bitsandbytes(layers: Layers) -> Writer:
     kinds = {(fmt.name, getattr(fmt, "threshold", None)) for fmt in layers.formats}
     if len(kinds) > 1:
         _one(layers, "a bitsandbytes directory")
+    # transformers leaves these dense whatever llm_int8_skip_modules says.
+    if wo := [name.path for name, _ in layers.packed if name.tensor.endswith(".wo.weight")]:
+        raise ValueError(
+            f"transformers reads no bitsandbytes weights in {', '.join(wo)} of a T5. Leave 'wo' "
+            "dense, with rules that name the other projections, or use int8 or fp8."
+        )
     fmt: Any = next(iter(layers.formats))
     eight = isinstance(fmt, LLMInt8)
     config = {

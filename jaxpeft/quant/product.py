@@ -24,8 +24,9 @@ from jaxpeft.quant.weight import QuantizedWeight
 
 Array = jax.Array
 
-# Larger matrices are unpacked a tile of outputs at a time: bytes of a dense tile.
-TILE = 16 * 2**20
+# Larger matrices are unpacked a tile of outputs at a time: bytes of a dense tile. Those of a 7B
+# model's layers are smaller, since tiles cost time: their codes are copied, their products small.
+TILE = 128 * 2**20
 
 
 def product(weight: QuantizedWeight, op: Contraction) -> Array | None:

@@ -10,9 +10,10 @@ import safetensors.numpy
 import torch
 import transformers
 
-from jaxpeft import quant
+from jaxpeft import hf, models, quant
 from jaxpeft.cli import main
 from jaxpeft.cli.formats import read_format
+from jaxpeft.core.tree import leaves_with_paths
 from tests.cli.conftest import SHORT
 
 PROMPT = torch.tensor([[5, 9, 60, 71, 33, 8]])
@@ -85,6 +86,17 @@ def test_merged_weights_are_packed_again(jaxpeft, qlora, packed, tmp_path):
     shown = jaxpeft("inspect", tmp_path)
     assert "packed 14 of 20 tensors, such as model.layers.0" in shown.out
     assert "NF4(block=64, double=True)" in shown.out
+    # What it says of a weight is what the written one is off by.
+    model, base = models.load(packed)
+    tuned, adapter = hf.load_adapter(qlora, model, params=base)
+    _, stored = models.load(tmp_path)
+    rows = [row for row in map(str.split, result.raw.splitlines()) if len(row) == 3]
+    said = {path: float(rms) for path, rms, _ in rows if path in adapter}
+    sums, written = (dict(leaves_with_paths(t)[0]) for t in (tuned.merge(adapter, base), stored))
+    assert said.keys() == adapter.keys()
+    for path, rms in said.items():
+        off = np.asarray(written[path], np.float64) - np.asarray(sums[path], np.float64)
+        assert rms == pytest.approx(np.sqrt((off**2).mean()), rel=0.06)
 
 
 def test_text_from_packed_weights(jaxpeft, packed, tiny_model):

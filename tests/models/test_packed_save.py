@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import jaxpeft as jp
 from jaxpeft.models import load, save
@@ -57,6 +58,39 @@ def test_transformers_computes_the_same(dense, tmp_path, case):
     # The package rounds NVFP4's weights twice, to bfloat16.
     tolerance = {"nvfp4": 0.2}.get(case, 3e-5)
     np.testing.assert_allclose(actual, expected, atol=tolerance)
+
+
+def stacked(path, leaf):
+    return path.endswith("kernel") and len(leaf.shape) == 3
+
+
+def test_encoders_too(tmp_path):
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    config = transformers.BertConfig(vocab_size=64, **sizes, initializer_range=0.2, num_labels=3)
+    torch.manual_seed(0)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "dense")
+    model, params = load(tmp_path / "dense", quantize=jp.rules((stacked, jp.quant.nf4())))
+    save(tmp_path / "packed", model, params)
+    assert same(load(tmp_path / "packed", quantize="keep")[1], params)
+    # In training, as bitsandbytes multiplies in bfloat16 else.
+    oracle = transformers.BertForSequenceClassification.from_pretrained(
+        tmp_path / "packed", dtype=torch.float32
+    ).train()
+    for module in oracle.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    expected = oracle(torch.tensor(TOKENS)).logits.detach().numpy()
+    actual = model.apply(load(tmp_path / "packed")[1], TOKENS)
+    np.testing.assert_allclose(actual, expected, atol=2e-5)
+
+
+def test_what_transformers_keeps_dense_of_a_t5(tmp_path):
+    sizes = dict(d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4)
+    config = transformers.T5Config(vocab_size=64, **sizes, decoder_start_token_id=0)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "dense")
+    model, params = load(tmp_path / "dense", quantize=jp.rules((stacked, jp.quant.nf4())))
+    with pytest.raises(ValueError, match="encoder.*wo.*of a T5. Leave 'wo' dense"):
+        save(tmp_path / "packed", model, params)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
