@@ -24,7 +24,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "finetune": finetune,
     "generate": generate,
     "merge": merge,
-    "quantize": quantize,
     "inspect": inspect,
     "compare": compare,
     "plan": plan,
