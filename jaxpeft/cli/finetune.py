@@ -9,14 +9,16 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpeft.cli import models as common
+from jaxpeft.cli.adapters import save_adapter
 from jaxpeft.cli.formats import packed_as, quantization
 from jaxpeft.cli.options import Options, check, write_options
+from jaxpeft.cli.tunings import peak_rate, policy, tuning
 
 # What has to be the same for a run to continue. The rest may change: where files are, how often
 # to evaluate and save.
 _IDENTITY = (
-    "rank", "alpha", "dropout", "targets", "learning_rate", "schedule", "warmup", "optimizer",
-    "weight_decay", "clip_norm", "accumulate", "seed", "dtype", "quantize",
+    "method", "rank", "alpha", "dropout", "targets", "learning_rate", "schedule", "warmup",
+    "optimizer", "weight_decay", "clip_norm", "accumulate", "seed", "dtype", "quantize",
 )  # fmt: skip
 
 
@@ -28,10 +30,11 @@ class Data(NamedTuple):
 
 
 def finetune(training: Options) -> None:
-    """Tune a model on your own data with LoRA.
+    """Tune a model on your own data, with LoRA or another method.
 
-    Writes an adapter in Hugging Face PEFT's format, with metrics.jsonl, loss.png and checkpoints
-    beside it. Ctrl-C writes a checkpoint first; --resume continues from it to the same bits.
+    Writes an adapter in Hugging Face PEFT's format, or in our own where PEFT has none, with
+    metrics.jsonl, loss.png and checkpoints beside it. Ctrl-C writes a checkpoint first; --resume
+    continues from it to the same bits.
     """
     options, began = training, time.perf_counter()
     console = Console(highlight=False)
@@ -42,15 +45,15 @@ def finetune(training: Options) -> None:
     model, params = _load(path, options, console)
     tuned, adapter = _tuned(model, params, options)
     steps = options.steps or options.epochs * len(data.train)
-    console.print(_plan(path, params, adapter, data, steps))
+    console.print(_plan(path, params, tuned, adapter, data, steps))
     state = _train(options, tuned, adapter, params, data, steps)
     if int(state.step) < steps:
         raise KeyboardInterrupt(
             f"Stopped at step {int(state.step)} of {steps}; a checkpoint is in {options.output}/. "
             "Continue with the same command and --resume."
         )
-    _save(options, tuned, state.adapter, model)
-    console.print(_summary(options, began))
+    saved = _save(options, tuned, state.adapter, model)
+    console.print(_summary(options, saved, began))
     console.print("\nTry it:\n")
     packed = ("--quantize", options.quantize) if options.quantize else ()
     ask = common.command(
@@ -84,12 +87,14 @@ def _load(path: Path, options: Options, console: Console) -> tuple[Any, Any]:
     from jaxpeft import models
 
     with console.status(f"Loading {path.name}"):
-        return models.load(
+        model, params = models.load(
             path,
             dtype=jnp.dtype(options.dtype),
             quantize=quantization(options.quantize),
             task="causal-lm",
         )
+    model.remat = policy(options.remat)
+    return model, params
 
 
 def _data(options: Options, tokenizer: Any) -> Data:
@@ -126,12 +131,19 @@ def _tuned(model: Any, params: Any, options: Options) -> tuple[Any, Any]:
 
     import jaxpeft as jp
 
-    alpha = 2 * options.rank if options.alpha is None else options.alpha
-    method = jp.lora(options.rank, alpha, dropout=options.dropout)
-    tuning = method if options.targets is None else jp.rules((options.targets, method))
-    tuned = jp.transform(model, tuning)
+    tuned = jp.transform(model, _tuning(model, options))
     tokens = jax.ShapeDtypeStruct((1, 8), "int32")
     return tuned, tuned.init(jax.random.key(options.seed), params, tokens)
+
+
+def _tuning(model: Any, options: Options) -> Any:
+    import jaxpeft as jp
+
+    if options.method is not None:
+        return tuning(options.method, options.targets, model)
+    alpha = 2 * options.rank if options.alpha is None else options.alpha
+    method = jp.lora(options.rank, alpha, dropout=options.dropout)
+    return method if options.targets is None else jp.rules((options.targets, method))
 
 
 def _train(options: Options, tuned: Any, adapter: Any, params: Any, data: Data, steps: int) -> Any:
@@ -139,7 +151,8 @@ def _train(options: Options, tuned: Any, adapter: Any, params: Any, data: Data, 
 
     from jaxpeft import train
 
-    rate = train.schedule(options.schedule, options.learning_rate, steps, warmup=options.warmup)
+    peak = peak_rate(options.learning_rate, options.method)
+    rate = train.schedule(options.schedule, peak, steps, warmup=options.warmup)
     optimizer = train.optimizer(
         rate,
         name=options.optimizer,
@@ -183,17 +196,19 @@ def _fingerprint(options: Options, data: Data, steps: int) -> dict[str, Any]:
     return {**same, "model": options.model, "data": data.train.fingerprint(), "steps": steps}
 
 
-def _save(options: Options, tuned: Any, adapter: Any, model: Any) -> None:
-    from jaxpeft import hf, train
+def _save(options: Options, tuned: Any, adapter: Any, model: Any) -> Path:
+    """The file with the adapter's tensors."""
+    from jaxpeft import train
 
     output = options.output
-    hf.save_adapter(output, tuned, adapter, model=model, base_model_name=options.model)
+    path = save_adapter(output, tuned, adapter, model, options.model)
     train.plot_loss(output / "metrics.jsonl", output / "loss.png")
     write_options(output / "options.yaml", options)
+    return path
 
 
-def _plan(path: Path, params: Any, adapter: Any, data: Data, steps: int) -> Table:
-    trained, total = common.count(adapter), common.count(params)
+def _plan(path: Path, params: Any, tuned: Any, adapter: Any, data: Data, steps: int) -> Table:
+    trained, total = common.trained(tuned, adapter), common.count(params)
     held = f", {len(data.evaluation.examples):,} held out" if data.evaluation else ""
     table = Table.grid(padding=(0, 2))
     for name, value in (
@@ -206,19 +221,18 @@ def _plan(path: Path, params: Any, adapter: Any, data: Data, steps: int) -> Tabl
     return table
 
 
-def _summary(options: Options, began: float) -> Table:
+def _summary(options: Options, saved: Path, began: float) -> Table:
     from jaxpeft import train
 
     rows = train.read_metrics(options.output / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]
     evaluated = [row["eval_loss"] for row in rows if "eval_loss" in row]
     minutes, seconds = divmod(round(time.perf_counter() - began), 60)
-    size = (options.output / "adapter_model.safetensors").stat().st_size
     table = Table(show_header=False)
     table.add_row("training loss, first and last step", f"{losses[0]:.4f}  {losses[-1]:.4f}")
     if evaluated:
         table.add_row("evaluation loss", f"{evaluated[-1]:.4f}")
     table.add_row("time", f"{minutes} min {seconds} s")
     table.add_row("peak memory", common.megabytes(train.memory_bytes()))
-    table.add_row("adapter", f"{options.output}/, {common.megabytes(size)}")
+    table.add_row("adapter", f"{saved}, {common.megabytes(saved.stat().st_size)}")
     return table

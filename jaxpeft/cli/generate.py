@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from jaxpeft.cli import models as common
+from jaxpeft.cli.adapters import load_adapter
 from jaxpeft.cli.formats import Quantize, quantization
 from jaxpeft.cli.options import Dtype, File, Number, Text
 from jaxpeft.cli.text import pieces
@@ -16,13 +17,14 @@ Words = Annotated[str | None, tyro.conf.arg(metavar="TEXT")]
 
 
 class Speaker(NamedTuple):
-    """A model that is ready to write."""
+    """A model that is ready to write; `front` virtual tokens take slots of its cache."""
 
     model: Any
     apply: Any
     state: tuple[Any, ...]
     tokenizer: Any
     ends: tuple[int, ...]
+    front: int
 
 
 def generate(
@@ -48,7 +50,7 @@ def generate(
 
     Args:
         model: a Hugging Face directory, a .gguf file, or smollm2-135m-instruct, which is fetched.
-        adapter: directory of a LoRA adapter in Hugging Face PEFT's format.
+        adapter: directory of an adapter of `finetune`, PEFT or AdapterHub, or a file of ours.
         prompt: what to answer or to continue.
         system: the system message of the chat.
         chat: talk in turns; an empty line ends it.
@@ -101,17 +103,19 @@ def _speaker(path: Path, adapter: Path | None, dtype: str, packing: Any) -> Spea
     import jax.numpy as jnp
 
     import jaxpeft as jp
-    from jaxpeft import hf, models
+    from jaxpeft import models
 
     tokenizer = common.load_tokenizer(path)
     dtyped = jnp.dtype(dtype)
     model, params = models.load(path, dtype=dtyped, quantize=packing, task="causal-lm")
     # The end of a turn may be another token than the end of a text.
-    ends = {*model.config.eos_token_id, *filter(None, [tokenizer.eos_token_id])}
+    last = {*model.config.eos_token_id, *filter(None, [tokenizer.eos_token_id])}
+    ends = tuple(sorted(last))
     if adapter is None:
-        return Speaker(model, jp.lift(model.apply), (params,), tokenizer, tuple(sorted(ends)))
-    tuned, leaves = hf.load_adapter(adapter, model, params=params)
-    return Speaker(model, tuned.apply, (leaves, params), tokenizer, tuple(sorted(ends)))
+        return Speaker(model, jp.lift(model.apply), (params,), tokenizer, ends, 0)
+    tuned, leaves = load_adapter(adapter, model, params)
+    front = tuned.virtual_tokens
+    return Speaker(model, tuned.apply, (leaves, params), tokenizer, ends, front)
 
 
 def _plain(speaker: Speaker, text: str) -> list[int]:
@@ -136,12 +140,13 @@ def _write(
 
     length = max(16, 1 << (len(ids) - 1).bit_length())
     batch = pad([Example(np.array(ids), np.ones(len(ids), bool))], length)
+    slots = speaker.front + length + settings["max_new_tokens"]
     drawn = stream(
         speaker.apply,
         speaker.state,
         batch.tokens,
         mask=batch.mask,
-        cache=speaker.model.init_cache(1, length + settings["max_new_tokens"]),
+        cache=speaker.model.init_cache(1, slots),
         key=jax.random.key(seed),
         eos_token_id=speaker.ends,
         **settings,

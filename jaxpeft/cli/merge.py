@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 
 from jaxpeft.cli import models as common
+from jaxpeft.cli.adapters import load_adapter
 from jaxpeft.cli.formats import Quantize, packed_as, quantization
 from jaxpeft.cli.options import Dtype, File, Text
 
@@ -52,7 +53,7 @@ def merge(
 
     Args:
         model: a Hugging Face directory, a .gguf file, or smollm2-135m-instruct, which is fetched.
-        adapter: directory of a LoRA adapter in Hugging Face PEFT's format.
+        adapter: directory of an adapter of `finetune`, PEFT or AdapterHub, or a file of ours.
         output: the directory to write.
         dtype: of the written weights. They are summed in float32 and rounded once.
         quantize: pack the model's weights first, as `finetune` did when it trained the adapter,
@@ -62,7 +63,7 @@ def merge(
         force: write even if the output directory is not empty.
         cache: where a fetched model is kept, instead of ~/.cache/jaxpeft.
     """
-    from jaxpeft import hf, models
+    from jaxpeft import models
 
     packing = quantization(quantize)
     console = Console(highlight=False)
@@ -70,7 +71,7 @@ def merge(
     check_output(output, path, force)
     with console.status(f"Merging {adapter} into {path.name}"):
         decoder, params = models.load(path, quantize=packing)
-        tuned, leaves = hf.load_adapter(adapter, decoder, params=params)
+        tuned, leaves = load_adapter(adapter, decoder, params)
         summed = _sum(tuned, leaves, params, again=packing is not None and not dense)
         written = _cast(summed.params, dtype, dense)
         models.save(output, decoder, written, tokenizer_from=path)

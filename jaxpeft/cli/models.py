@@ -4,11 +4,10 @@ import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 FETCHABLE = ("smollm2-135m-instruct",)
 DTYPES = ("float32", "bfloat16", "float16")
-Remat = Literal["projections", "layers", "none"]
 
 
 def locate(model: str, cache: Path | None = None, fetchable: Sequence[str] = FETCHABLE) -> Path:
@@ -69,16 +68,6 @@ def shapes(path: Path, dtype: str = "float32") -> tuple[Any, Any]:
     return model, nnx.state(model)
 
 
-def policy(remat: Remat) -> Any:
-    """What the backward pass finds kept of a layer, as `jax.checkpoint` takes it."""
-    import jax
-
-    from jaxpeft.models.decoder import KEEP_PROJECTIONS
-
-    nothing = jax.checkpoint_policies.nothing_saveable
-    return {"projections": KEEP_PROJECTIONS, "layers": nothing, "none": None}[remat]
-
-
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer that lies beside a model.
 
@@ -110,6 +99,15 @@ def size_on_disk(path: Path) -> int:
 def count(tree: Any) -> int:
     """Number of parameters in a tree of arrays; a quantized weight counts as if it were dense."""
     return sum(math.prod(leaf.shape) for leaf in weights(tree))
+
+
+def trained(tuned: Any, adapter: Any) -> int:
+    """Number of an adapter's parameters that do not stay fixed."""
+    import jax
+
+    marks = jax.tree.leaves(tuned.trainable(adapter))
+    pairs = zip(jax.tree.leaves(adapter), marks, strict=True)
+    return sum(leaf.size for leaf, mark in pairs if mark)
 
 
 def weights(tree: Any) -> list[Any]:

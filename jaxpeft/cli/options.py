@@ -8,6 +8,7 @@ import tyro
 
 from jaxpeft.cli.formats import Quantize, quantization
 from jaxpeft.cli.models import DTYPES
+from jaxpeft.cli.tunings import Remat, peak_rate
 
 Text = tyro.conf.Positional[str]
 Integer = Annotated[int | None, tyro.conf.arg(metavar="INT")]
@@ -27,12 +28,13 @@ class Options:
             and "output", or "text". Only the answers are learned.
         config: a YAML file with any of the options below; what is typed here wins.
         output: directory for the adapter, metrics.jsonl, loss.png and the checkpoints.
+        method: another one than LoRA, as for `compare`, such as prefix:tokens=20 or pfeiffer.
         rank: of the LoRA update.
         alpha: the update is multiplied by alpha / rank; twice the rank where not given.
         dropout: share of the inputs that the update does not see in training.
         targets: which parameters get an adapter, such as "**/{q,v}_proj/kernel"; by default every
             linear layer but the output head. `jaxpeft inspect MODEL` lists the paths.
-        learning_rate: at its peak.
+        learning_rate: at its peak; 5e-4 for LoRA, else the method's usual one.
         schedule: how the learning rate falls after the warmup.
         warmup: steps over which the learning rate rises from 0.
         optimizer: the update rule; adamw8bit keeps AdamW's state in bytes.
@@ -50,6 +52,8 @@ class Options:
         keep: number of checkpoints to keep.
         resume: continue from the newest checkpoint in the output directory, to the same bits.
         seed: of the adapter's start, the order of the examples and the dropout.
+        remat: what the backward pass finds kept of a layer: its projections' outputs; only the
+            layer's input ("layers"), for a third more time; or everything ("none").
         dtype: of the frozen weights; the adapter is float32.
         quantize: pack the frozen linear layers, such as nf4 (QLoRA), int8 or int4:block=64; or
             "keep" for a model whose files hold them packed, which else become dense.
@@ -60,11 +64,12 @@ class Options:
     data: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA.jsonl")]
     config: File = None
     output: Path = Path("finetuned")
+    method: Annotated[str | None, tyro.conf.arg(metavar="METHOD")] = None
     rank: int = 8
     alpha: Number = None
     dropout: float = 0.0
     targets: Glob = None
-    learning_rate: float = 5e-4
+    learning_rate: Number = None
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: int = 0
     optimizer: Literal["adamw", "adamw8bit", "lion", "sgd"] = "adamw"
@@ -82,6 +87,7 @@ class Options:
     keep: int = 3
     resume: bool = False
     seed: int = 0
+    remat: Remat = "projections"
     dtype: Dtype = "float32"
     quantize: Quantize = None
     cache: File = None
@@ -109,24 +115,30 @@ def check(options: Options) -> None:
     given = dataclasses.asdict(options)
     whole = ("rank", "batch_size", "accumulate", "epochs", "max_length", "keep")
     for name in (*whole, "steps", "eval_every", "save_every"):
-        _check(name, given[name], given[name] is None or given[name] >= 1, "1 or more")
+        check_range(name, given[name], given[name] is None or given[name] >= 1, "1 or more")
     for name in ("weight_decay", "clip_norm", "warmup"):
-        _check(name, given[name], given[name] >= 0, "0 or more")
+        check_range(name, given[name], given[name] >= 0, "0 or more")
     for name in ("learning_rate", "alpha"):
-        _check(name, given[name], given[name] is None or given[name] > 0, "a number above 0")
+        check_range(name, given[name], given[name] is None or given[name] > 0, "a number above 0")
     for name in ("dropout", "eval_fraction"):
-        _check(name, given[name], 0 <= given[name] < 1, "a share from 0 to below 1")
+        check_range(name, given[name], 0 <= given[name] < 1, "a share from 0 to below 1")
     quantization(options.quantize)
+    peak_rate(options.learning_rate, options.method)
     if options.eval_data and options.eval_fraction:
         raise ValueError("--eval-data and --eval-fraction are both given. Use one of them.")
-    if options.batch_size % options.accumulate:
+    check_parts(options.batch_size, options.accumulate)
+
+
+def check_parts(batch_size: int, accumulate: int) -> None:
+    """Raises ValueError where a batch cannot be split into equal parts."""
+    if batch_size % accumulate:
         raise ValueError(
-            f"--batch-size {options.batch_size} cannot be split into --accumulate "
-            f"{options.accumulate} equal parts. Use a batch size that is a multiple of it."
+            f"--batch-size {batch_size} cannot be split into --accumulate {accumulate} equal "
+            "parts. Use a batch size that is a multiple of it."
         )
 
 
-def _check(name: str, value: Any, good: bool, allowed: str) -> None:
+def check_range(name: str, value: Any, good: bool, allowed: str) -> None:
     if not good:
         raise ValueError(f"{flag(name)} {value} is out of range. Use {allowed}.")
 

@@ -7,7 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpeft.cli import models as common
-from jaxpeft.cli.options import Dtype, File, Glob, Text
+from jaxpeft.cli.formats import KEEP, Quantize, quantization
+from jaxpeft.cli.options import Dtype, File, Glob, Text, check_parts, check_range
+from jaxpeft.cli.tunings import Remat, policy, tuning
 
 
 def plan(
@@ -18,9 +20,10 @@ def plan(
     batch_size: int = 8,
     accumulate: int = 1,
     max_length: int = 512,
-    optimizer: Literal["adamw", "lion", "sgd"] = "adamw",
-    remat: common.Remat = "projections",
+    optimizer: Literal["adamw", "adamw8bit", "lion", "sgd"] = "adamw",
+    remat: Remat = "projections",
     dtype: Dtype = "float32",
+    quantize: Quantize = None,
     cache: File = None,
 ) -> None:
     """Say what tuning a model would take: parameters, and the memory of a training step.
@@ -40,11 +43,16 @@ def plan(
         remat: what the backward pass finds kept of a layer: its projections' outputs; only the
             layer's input ("layers"), for a third more time; or everything ("none").
         dtype: of the frozen weights.
+        quantize: pack the linear layers, as for `finetune`, such as nf4 or int8.
         cache: where a fetched model is kept, instead of ~/.cache/jaxpeft.
     """
     import jax
 
-    _check(batch_size, accumulate, max_length)
+    sizes = {"batch_size": batch_size, "accumulate": accumulate, "max_length": max_length}
+    for name, size in sizes.items():
+        check_range(name, size, size >= 1, "1 or more")
+    check_parts(batch_size, accumulate)
+    packing = quantization(quantize)
     console = Console(highlight=False)
     path = common.locate(model, cache)
     decoder, params = common.shapes(path, dtype)
@@ -53,44 +61,40 @@ def plan(
             f"{path} is a {decoder.config.model_type} for {decoder.task}; plan knows decoders. "
             "`jaxpeft compare` measures the step of an encoder's tuning."
         )
-    decoder.remat = common.policy(remat)
+    decoder.remat = policy(remat)
+    params = _packed(params, packing)
     tuned, adapter = _tuned(decoder, params, method, targets)
     with console.status("Compiling a step"):
         memory = _memory(tuned, adapter, params, optimizer, batch_size, accumulate, max_length)
-    total, trained = common.count(params), _trained(tuned, adapter)
+    total, trained = common.count(params), common.trained(tuned, adapter)
     console.print(f"[bold]Plan[/]: {path}, {decoder.config.model_type}, {total:,} parameters")
     console.print(f"{trained:,} to train ({trained / total:.2%}) at {len(adapter)} sites\n")
-    console.print(_table(memory))
-    if jax.default_backend() == "cpu" and dtype != "float32":
+    console.print(_table(memory, quantize or dtype))
+    if jax.default_backend() == "cpu" and dtype != "float32" and packing is None:
         console.print(
             f"A CPU keeps float32 copies of {dtype} weights; on a GPU or TPU the step takes less."
         )
 
 
-def _check(batch_size: int, accumulate: int, max_length: int) -> None:
-    for flag, value in (
-        ("--batch-size", batch_size), ("--accumulate", accumulate), ("--max-length", max_length),
-    ):  # fmt: skip
-        if value < 1:
-            raise ValueError(f"{flag} {value} is out of range. Use 1 or more.")
-    if batch_size % accumulate:
-        raise ValueError(
-            f"--batch-size {batch_size} cannot be split into --accumulate {accumulate} equal "
-            "parts. Use a batch size that is a multiple of it."
-        )
+def _packed(params: Any, packing: Any) -> Any:
+    """The shapes of params as they are quantized."""
+    import jax
+
+    import jaxpeft as jp
+
+    if packing is None:
+        return params
+    if packing == KEEP:
+        raise ValueError("--quantize keep needs the weights' files. Name their format, like nf4.")
+    return jax.eval_shape(lambda params: jp.quantize(params, packing), params)
 
 
 def _tuned(decoder: Any, params: Any, method: str, targets: str | None) -> tuple[Any, Any]:
     import jax
 
     import jaxpeft as jp
-    from jaxpeft import train
 
-    spec = train.read_spec(method)
-    tuning = spec.tuning(output=getattr(decoder, "output_head", None))
-    if targets is not None:
-        tuning = jp.rules(*((targets, part) for part in spec.methods))
-    tuned = jp.transform(decoder, tuning)
+    tuned = jp.transform(decoder, tuning(method, targets, decoder))
     init = lambda params: tuned.init(jax.random.key(0), params, *decoder.example())  # noqa: E731
     return tuned, jax.eval_shape(init, params)
 
@@ -115,15 +119,7 @@ def _memory(
     return train.step_memory(step, jax.eval_shape(start, adapter), params, batch)
 
 
-def _trained(tuned: Any, adapter: Any) -> int:
-    import jax
-
-    marks = jax.tree.leaves(tuned.trainable(adapter))
-    pairs = zip(jax.tree.leaves(adapter), marks, strict=True)
-    return sum(leaf.size for leaf, trained in pairs if trained)
-
-
-def _table(memory: Any) -> Table:
+def _table(memory: Any, kind: str) -> Table:
     import jax
 
     table = Table(title=f"A step on {jax.devices()[0].device_kind}")
@@ -131,7 +127,7 @@ def _table(memory: Any) -> Table:
     table.add_column("memory", justify="right")
     unknown = "unknown"
     for name, size in (
-        ("weights", memory.params),
+        (f"weights, {kind}", memory.params),
         ("adapter", memory.adapter),
         ("optimizer", memory.optimizer),
         ("batch", memory.batch),

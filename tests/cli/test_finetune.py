@@ -85,7 +85,7 @@ def test_a_yaml_file_gives_options_and_typed_ones_win(jaxpeft, tiny_model, data,
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rnak: 3", "unknown options rnak. There are: output, rank, alpha"),
+        ("rnak: 3", "unknown options rnak. There are: output, method, rank"),
         ("resume: true", "unknown options resume"),
         ("rank: [1, 2]", "rank is a list"),
         ("- rank", "holds a list"),
@@ -148,6 +148,7 @@ def test_merge_keeps_what_is_there(jaxpeft, run, tiny_model, tmp_path):
         (("--rank", "0"), "--rank 0 is out of range. Use 1 or more."),
         (("--dropout", "1"), "--dropout 1.0 is out of range"),
         (("--batch-size", "6", "--accumulate", "4"), "multiple"),
+        (("--method", "lorra"), "none of: lora"),
         (("--schedule", "step"), "Expected one of ('constant', 'linear', 'cosine')"),
         (("--learning-rate", "fast"), "Error parsing --learning-rate"),
         (("--eval-fraction", "0.01"), "--eval-fraction 0.01 of 12 records is 0"),
@@ -161,6 +162,25 @@ def test_a_bad_value_says_what_is_allowed(jaxpeft, tiny_model, data, tmp_path, o
     result = jaxpeft("finetune", tiny_model, data, "--output", tmp_path / "out", *options)
     assert result.code == 2 and message in result.err and "Traceback" not in result.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "file"),
+    [("prefix:tokens=3", "adapter_model.safetensors"), ("pfeiffer+ia3", "adapter.safetensors")],
+)
+def test_any_method_is_tuned_and_generates(jaxpeft, tiny_model, data, tmp_path, method, file):
+    output, short = tmp_path / "out", [*SHORT[:4], "--learning-rate", "0.1", "--steps", "2"]
+    options = ("--method", method, "--output", output, "--remat", "layers", *short)
+    result = jaxpeft("finetune", tiny_model, data, *options)
+    assert result.code == 0, result.err
+    assert (output / file).is_file() and "to train" in result.out
+    first, last = (row["loss"] for row in read_metrics(output / "metrics.jsonl") if "loss" in row)
+    assert first != last
+    asked = ("--prompt", "a bold film", "--max-new-tokens", 3, "--no-template")
+    tuned = jaxpeft("generate", tiny_model, "--adapter", output, *asked)
+    assert tuned.code == 0, tuned.err
+    result = jaxpeft("merge", tiny_model, output, tmp_path / "merged")
+    assert result.code == 2 and "cannot be merged" in result.err
 
 
 def test_a_stopped_run_says_how_to_go_on(jaxpeft, tiny_model, data, tmp_path, monkeypatch):

@@ -92,7 +92,10 @@ def test_an_unfinished_character_comes_at_the_end(tokenizer):
         (("--prompt", "a", "--max-new-tokens", "0"), "--max-new-tokens 0"),
         (("--prompt", "a", "--temperature", "-1"), "--temperature -1.0 is negative"),
         (("--prompt", "a", "--top-p", "2"), "--top-p 2.0 is not in (0, 1]"),
-        (("--prompt", "a", "--adapter", "nowhere"), "adapter_config.json"),
+        (
+            ("--prompt", "a", "--adapter", "nowhere"),
+            "nowhere holds no adapter",
+        ),
     ],
 )
 def test_a_bad_value_is_one_message(jaxpeft, tiny_model, options, message):

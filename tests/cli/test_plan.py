@@ -32,7 +32,7 @@ def test_it_counts_what_peft_counts(jaxpeft, config, tiny_model, place):
     assert result.code == 0, result.err
     assert f"{total:,} parameters {trained:,} to train" in result.out
     # Adam keeps two numbers for each that is trained, and counts its steps.
-    for name, size in (("weights", 4 * total), ("adapter", 4 * trained)):
+    for name, size in (("weights, float32", 4 * total), ("adapter", 4 * trained)):
         assert f"{name} {size / 1e3:.1f} kB" in result.out
     assert f"optimizer {(8 * trained + 12) / 1e3:.1f} kB" in result.out
 
@@ -54,3 +54,16 @@ def test_errors_name_the_option(jaxpeft, config, tmp_path):
         assert result.code == 2 and message in result.err
     encoder = write_tiny_encoder(tmp_path / "encoder", ["a film"])
     assert "plan knows decoders" in jaxpeft("plan", encoder).err
+
+
+def test_packed_weights_take_their_own_bytes(jaxpeft, config):
+    sizes = json.loads(config.read_text())
+    d, hidden = sizes["hidden_size"], sizes["intermediate_size"]
+    heads = sizes["num_key_value_heads"] * sizes["head_dim"]
+    packed = sizes["num_hidden_layers"] * (2 * d * d + 2 * d * heads + 3 * d * hidden)
+    rest = sizes["vocab_size"] * d + (2 * sizes["num_hidden_layers"] + 1) * d
+    result = jaxpeft("plan", config, "--quantize", "nf4:double=false", "--max-length", 16)
+    expected = packed * (1 / 2 + 4 / 64) + 4 * rest  # a nibble each, a float32 a block of 64
+    assert f"weights, nf4:double=false {expected / 1e3:.1f} kB" in result.out, result.err
+    result = jaxpeft("plan", config, "--quantize", "keep")
+    assert result.code == 2 and "keep needs the weights' files" in result.err
