@@ -23,9 +23,9 @@ def offload(params: Any, where: Where | None = None) -> Any:
     """Params whose weights are in host memory: the device holds those that it is working on.
 
     A product moves the weight to the device next to it, and its backward pass moves it again. In a
-    scan over layers that is one layer at a time. Packed weights move packed (their bytes as words,
-    which a TPU can take by layers), so that `quantize` first makes each move shorter. Outputs,
-    gradients and adapters are the same, on meshes too.
+    scan over layers that is one layer at a time. Packed weights move packed (their codes as words,
+    which a TPU can take by layers; scales stay on the device), so that `quantize` first makes each
+    move shorter. Outputs, gradients and adapters are the same, on meshes too.
 
     Args:
         params: a tree of arrays and quantized weights.
@@ -33,7 +33,8 @@ def offload(params: Any, where: Where | None = None) -> Any:
             every matrix but embeddings.
 
     Returns:
-        A tree like `params`, in which weights that go are `QuantizedWeight`s of host arrays.
+        A tree like `params`, in which weights that go are `QuantizedWeight`s, whose values or codes
+        are in host memory.
 
     Raises:
         ValueError: if `where` matches no weight.
@@ -66,7 +67,10 @@ def _goes(path: str, leaf: Any) -> bool:
 def _moved(leaf: Any) -> QuantizedWeight:
     if isinstance(leaf, QuantizedWeight):
         words, fmt = _worded(leaf)
-        return dataclasses.replace(leaf, packed=to_host(words), format=fmt)
+        # The scales are small, and of shapes that a TPU may not take from the host by layers.
+        largest = max(words, key=lambda name: words[name].nbytes)
+        packed = words | {largest: to_host(words[largest])}
+        return dataclasses.replace(leaf, packed=packed, format=fmt)
     return QuantizedWeight(
         {"values": to_host(leaf)},
         Plain(str(leaf.dtype)),

@@ -13,8 +13,9 @@ def offload(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
     While the model runs forwards and backwards, the room of the state is free for activations: what
     a "paged" optimizer is for, decided by the program instead of by page faults. The update itself
     moves all of it, and may need room for the old and the new state at once. Worth it where the
-    state is large, as with `jaxpeft.full`, and activations are larger. Updates are the same to the
-    bit. `update` gives the state back in the memory where it was, so that a step may move it by
+    state is large, as with `jaxpeft.full`, and activations are larger. On a TPU the state has to be
+    of floats: XLA does not compile moves of the bytes of `adam8bit` there. Updates are the same to
+    the bit. `update` gives the state back in the memory where it was, so that a step may move it by
     itself, as `make_step` does.
 
     Args:
