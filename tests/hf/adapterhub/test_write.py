@@ -220,7 +220,7 @@ def test_attentions_and_feed_forward_sublayers_may_have_other_options(tmp_path):
          "LoRA has other options"),
         ("bert", jp.rules(("encoder/layer:out", direft(2, activation="relu"))), "activation"),
         ("bert", jp.rules(("encoder/layer:out", loreft(2, first=None))), "every position"),
-        ("bert", jp.rules(("**/attention:{key,value}", jp.prefix_tuning(3, place="front"))),
+        ("bert", jp.rules(("**/attention:{key,value}", jp.prefix_tuning(3, place="back"))),
          "beside the sequence"),
         ("t5", jp.prefix_tuning(3), "in the library it has shift=True"),
         ("t5", jp.rules(("encoder/block/layer/0:delta", jp.bottleneck(4)),
