@@ -1,4 +1,4 @@
-"""Invertible adapters: NICE written out in float64, and what inverses promise."""
+"""Invertible adapters: both couplings written out in float64, and what inverses promise."""
 
 import jax
 import jax.numpy as jnp
@@ -32,29 +32,32 @@ def random(tuned):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), shapes)
 
 
-def nice(leaves, x):
-    """AdapterHub's forward: `F` of the second part onto the first, then `G` of that."""
+def coupled(leaves, x, affine):
+    """`F` of the second part onto the first, then `G` of that: NICE as in AdapterHub, or affine."""
     leaves = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), leaves)
 
-    def net(leaf, x):
-        inner = np.maximum(x @ leaf["down"].T + leaf["down_bias"], 0)
-        return inner @ leaf["up"] + leaf["up_bias"]
+    def moved(leaf, x, other):
+        inner = np.maximum(other @ leaf["down"].T + leaf["down_bias"], 0)
+        y, width = inner @ leaf["up"] + leaf["up_bias"], x.shape[-1]
+        return x * np.exp(np.tanh(y[..., :width])) + y[..., width:] if affine else x + y
 
     first, second = x[..., :3], x[..., 3:]
-    first = first + net(leaves["f"], second)
-    return np.concatenate([first, second + net(leaves["g"], first)], axis=-1)
+    first = moved(leaves["f"], first, second)
+    return np.concatenate([first, moved(leaves["g"], second, first)], axis=-1)
 
 
-def test_nice_is_the_formula_and_its_leaves_are_few():
-    tuned = jp.transform(model, jp.rules(("embeddings:out", invertible(D))))
-    adapter = random(tuned)
+@pytest.mark.parametrize("coupling", ["additive", "affine"])
+def test_each_coupling_is_its_formula_and_its_leaves_are_few(coupling):
+    tuned = jp.transform(model, jp.rules(("embeddings:out", invertible(D, coupling=coupling))))
+    adapter, affine = random(tuned), coupling == "affine"
     assert sorted(adapter) == ["embeddings:out", "shared:invertible"]
     leaves = adapter["shared:invertible"]
     shapes = {f"{n}/{k}": v.shape for n, part in leaves.items() for k, v in part.items()}
-    assert shapes["f/down"] == (2, 4) and shapes["f/up"] == (2, 3)
-    assert shapes["g/down"] == (1, 3) and shapes["g/up"] == (1, 4)
+    assert shapes["f/down"] == (2, 4) and shapes["f/up"] == (2, 3 * (1 + affine))
+    assert shapes["g/down"] == (1, 3) and shapes["g/up"] == (1, 4 * (1 + affine))
     y = tuned.apply(adapter, (TABLE, HEAD), TOKENS)
-    np.testing.assert_allclose(y, nice(leaves, TABLE[TOKENS]) @ HEAD, rtol=1e-4, atol=1e-4)
+    wanted = coupled(leaves, TABLE[TOKENS], affine) @ HEAD
+    np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("coupling", ["additive", "affine"])
@@ -75,8 +78,9 @@ def test_the_inverse_undoes_it_with_the_same_leaves(coupling):
         assert np.isfinite(x).all() and np.isfinite(y).all()
 
 
-def test_a_fresh_adapter_changes_no_bit():
-    tuned = jp.transform(model, tuning())
+@pytest.mark.parametrize("coupling", ["additive", "affine"])
+def test_a_fresh_adapter_changes_no_bit(coupling):
+    tuned = jp.transform(model, tuning(coupling=coupling))
     adapter = jax.jit(tuned.init)(jax.random.key(0), (TABLE, HEAD), TOKENS)
     params = jax.tree.map(jnp.asarray, (TABLE, HEAD))
     np.testing.assert_array_equal(
@@ -84,14 +88,15 @@ def test_a_fresh_adapter_changes_no_bit():
     )
 
 
-def test_gradients_of_both_places_add_up():
+@pytest.mark.parametrize("coupling", ["additive", "affine"])
+def test_gradients_of_both_places_add_up(coupling):
     """Where something happens between the two, the leaves they share train."""
 
     def between(params, tokens):
         x = jp.tap(params[0][tokens], "embeddings:out")
         return jp.tap(jnp.tanh(x), "head:in") @ params[1]
 
-    tuned = jp.transform(between, tuning())
+    tuned = jp.transform(between, tuning(coupling=coupling))
     adapter = random(tuned)
     with jax.enable_x64(True):
         adapter = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), adapter)
@@ -100,9 +105,9 @@ def test_gradients_of_both_places_add_up():
             return (tuned.apply(adapter, (TABLE, HEAD), TOKENS) ** 2).sum()
 
         gradient = jax.grad(loss)(adapter)["shared:invertible"]["g"]["up_bias"]
-        assert gradient.shape == (4,) and np.abs(gradient).min() > 0
+        assert len(gradient) == (8 if coupling == "affine" else 4) and np.abs(gradient).min() > 0
         for i in range(2):
-            step = np.zeros(4)
+            step = np.zeros(len(gradient))
             step[i] = 1e-5
 
             def moved(sign, step=step):
