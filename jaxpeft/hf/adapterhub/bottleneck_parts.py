@@ -149,7 +149,11 @@ def _with_inverse(listed: Parts, chosen: Mapping[str, Stage], context: Context) 
         return listed
     options = found[0].options
     if options["coupling"] != "additive" or options["inverse"]:
-        raise AdapterHubFormatError(f"an invertible adapter with {options}.")
+        shown = {name: options[name] for name in ("coupling", "inverse")}
+        raise AdapterHubFormatError(
+            f"an invertible adapter with {shown}; the library runs coupling='additive' there only. "
+            "jp.save writes every form."
+        )
     act = hub_activation(options["activation"])
     own = {"inv_adapter": "nice", "inv_adapter_reduction_factor": options["reduction"]}
     if not listed:

@@ -148,7 +148,11 @@ def _phm_slots(
 
 def _invertible(part: Bottleneck, context: Context) -> Piece:
     if part.inv_adapter != "nice":
-        raise AdapterHubFormatError(f"inv_adapter={part.inv_adapter!r} fails in the library too.")
+        raise AdapterHubFormatError(
+            f"inv_adapter={part.inv_adapter!r}, which the library saves but cannot run, so that "
+            "nobody knows its result. 'nice' is read; a new adapter with scales is made with "
+            f"jp.invertible({context.width}, coupling='affine')."
+        )
     name, place = context.name, context.places.embeddings
     method = invertible(
         context.width,

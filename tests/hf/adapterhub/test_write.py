@@ -222,6 +222,8 @@ def test_attentions_and_feed_forward_sublayers_may_have_other_options(tmp_path):
         ("bert", jp.rules(("encoder/layer:out", loreft(2, first=None))), "every position"),
         ("bert", jp.rules(("**/attention:{key,value}", jp.prefix_tuning(3, place="back"))),
          "beside the sequence"),
+        ("bert", jp.rules(("embeddings:out", jp.invertible(16, coupling="affine"))),
+         "runs coupling='additive' there only"),
         ("t5", jp.prefix_tuning(3), "in the library it has shift=True"),
         ("t5", jp.rules(("encoder/block/layer/0:delta", jp.bottleneck(4)),
                         ("**/block/layer/{1,2}:delta", jp.bottleneck(4))), "left out everywhere"),
