@@ -15,7 +15,6 @@ from jaxpeft.core.tree import path_of
 from tests.cases import CASES
 from tests.cases.hlo import made
 from tests.cases.measure import (
-    QUICK,
     compiled_base,
     compiled_step,
     difference,
@@ -168,7 +167,7 @@ def test_gradients_are_the_same_under_remat(method, case):
     remat = functools.partial(here.derivative, jax.checkpoint(here.apply))
     with quiet(case):
         args = out["adapter"], here.built.params, here.built.inputs
-        got = jax.jit(remat, compiler_options=QUICK)(*args)
+        got = jax.jit(remat)(*args)
     assert difference(got, out["gradient"]) < case.tolerance
 
 
@@ -271,7 +270,7 @@ def test_steps_inside_a_scan_are_the_steps_of_a_loop(method, case):
     here, one = setting(case, method.tuning), compiled_step(case, method.tuning)
     start, args = values(case, method.tuning)["adapter"], (here.built.params, here.built.inputs)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def many(adapter, *args):
         return jax.lax.scan(lambda adapter, _: step(here.apply)(adapter, *args), adapter, length=3)
 

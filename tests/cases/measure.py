@@ -18,10 +18,6 @@ from tests.cases.case import Built, Case, normal
 
 RATE = 0.1
 
-# Compiling is what these tests spend their time on. The first option leaves out LLVM's work alone:
-# the arrays that a program makes are decided before it.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -99,7 +95,7 @@ def values(case: Case, tuning: Callable[[], Any]) -> dict[str, Any]:
     """Everything that the laws compare, from one program."""
     here = setting(case, tuning)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def program(params: Any, inputs: Any, change: Any) -> dict[str, Any]:
         fresh = here.init(params, inputs)
         adapter = jax.tree.map(jnp.add, fresh, change)
@@ -141,7 +137,7 @@ def compiled_step(case: Case, tuning: Callable[[], Any], through: str = "apply")
         lowered = jax.jit(step(getattr(here, through))).lower(
             here.shapes, here.built.params, here.built.inputs
         )
-    return lowered.compile(QUICK)
+    return lowered.compile()
 
 
 @functools.cache
@@ -160,7 +156,7 @@ def compiled_base(case: Case) -> Any:
 
     floats = [built.inputs[i] for i in numbers]
     step = jax.jit(jax.value_and_grad(of_inputs))
-    return step.lower(floats, built.params, built.inputs).compile(QUICK)
+    return step.lower(floats, built.params, built.inputs).compile()
 
 
 def difference(got: Any, want: Any) -> float:

@@ -15,7 +15,6 @@ import jaxpeft as jp
 from jaxpeft.core.capture import capture
 from jaxpeft.methods.cartridge import cartridge
 from jaxpeft.methods.cartridge_prefix import compose_prefixes, prefix_from_tokens
-from tests.methods.quick import quick
 from tests.models.tiny import SIZES, make_model
 
 LAYERS, HEADS = SIZES["num_hidden_layers"], SIZES["num_key_value_heads"]
@@ -62,14 +61,14 @@ def test_behind_a_text_s_keys_and_values_the_model_is_behind_the_text(llama, sta
     _, model, params = llama
     tuned, adapter = started[0]
     both = np.concatenate([np.tile(TEXT[:, :4], (2, 1)), IDS], axis=1)
-    want = quick(model.apply)(params, both)[:, 4:]
-    np.testing.assert_allclose(quick(tuned.apply)(adapter, params, IDS), want, 1e-4, 1e-4)
+    want = jax.jit(model.apply)(params, both)[:, 4:]
+    np.testing.assert_allclose(jax.jit(tuned.apply)(adapter, params, IDS), want, 1e-4, 1e-4)
 
 
 def test_frozen_tokens_have_no_gradient_and_are_marked_fixed(llama, started):
     params = llama[2]
     tuned, adapter = started[0]
-    grads = quick(jax.grad(lambda a: jnp.sin(tuned.apply(a, params, IDS)).sum()))(adapter)
+    grads = jax.jit(jax.grad(lambda a: jnp.sin(tuned.apply(a, params, IDS)).sum()))(adapter)
     marks = tuned.trainable(adapter)
     for path, leaves in grads.items():
         assert leaves["frozen"].shape[1] == 2 and not leaves["frozen"].any()
@@ -88,7 +87,7 @@ def test_composed_cartridges_are_peft_s(llama, started):
     theirs.prompt_encoder["default"].load_prompt_embeddings(rows)
     want = theirs(torch.tensor(IDS), attention_mask=torch.ones(IDS.shape, dtype=torch.int64)).logits
     tuned = jp.transform(model, cartridge(7, frozen=2))
-    got = quick(tuned.apply)(composed, params, IDS)
+    got = jax.jit(tuned.apply)(composed, params, IDS)
     np.testing.assert_allclose(got, want.detach(), rtol=1e-4, atol=1e-4)
     shapes = jax.eval_shape(tuned.init, jax.random.key(0), params, IDS)
     assert jax.tree.map(jnp.shape, dict(composed)) == jax.tree.map(jnp.shape, dict(shapes))

@@ -14,7 +14,6 @@ from peft.tuners.cpt import CPTEmbedding
 import jaxpeft as jp
 from jaxpeft.methods.cpt import cpt, moved_context, project_cpt
 from jaxpeft.methods.cpt_loss import cpt_loss
-from tests.methods.quick import quick
 
 D, VOCABULARY, RATE, STEPS = 4, 11, 0.05, 3
 CONTEXT, KINDS = [5, 1, 2, 7, 9, 1, 3, 7, 10], [1, 2, 2, 3, 4, 5, 6, 7, 8]
@@ -66,7 +65,7 @@ def test_training_with_the_projection_is_peft_s():
     optimizer = optax.masked(optax.sgd(RATE), tuned.trainable)
     state = optimizer.init(adapter)
 
-    @quick
+    @jax.jit
     def step(adapter, state):
         value, grads = jax.value_and_grad(
             lambda a: jnp.sin(tuned.apply(a, PARAMS, IDS)).sum()
@@ -92,7 +91,7 @@ def test_training_with_the_projection_is_peft_s():
 def test_labels_have_no_gradient_and_the_mask_says_what_is_trained():
     tuned = jp.transform(model, cpt(CONTEXT, KINDS, **OPTIONS))
     adapter = tuned.init(jax.random.key(0), PARAMS, IDS)
-    grads = quick(jax.grad(lambda a: tuned.apply(a, PARAMS, IDS).sum()))(adapter)["table"]
+    grads = jax.jit(jax.grad(lambda a: tuned.apply(a, PARAMS, IDS).sum()))(adapter)["table"]
     moves = np.array(KINDS) % 4 != 0
     np.testing.assert_array_equal(np.abs(grads["delta"]).max(1) > 0, moves)
     assert not grads["context"].any() and not grads["radius"].any()
@@ -128,7 +127,7 @@ def test_the_loss_is_peft_s(decay, padded):
         torch.tensor(kinds), config(opt_weighted_loss_type="decay", opt_loss_decay_factor=decay),
     )  # fmt: skip
     options = {"input_types": jnp.asarray(given)} if padded else {}
-    ours = quick(lambda x, y: cpt_loss(x, y, CONTEXT, KINDS, decay=decay, **options))
+    ours = jax.jit(lambda x, y: cpt_loss(x, y, CONTEXT, KINDS, decay=decay, **options))
     total, count = ours(logits, labels)
     assert float(total / count) == pytest.approx(float(theirs.loss), rel=1e-5)
 

@@ -9,7 +9,7 @@ import torch
 
 import jaxpeft as jp
 from jaxpeft.methods.deep_prompt import deep_prompt
-from tests.methods.quick import filled, quick
+from tests.methods.decoding import filled
 from tests.models.vit_oracle import check, pixels
 from tests.models.vit_oracle import vit_oracle as vit_oracle
 
@@ -54,9 +54,9 @@ def test_outputs_and_gradients_are_those_of_rows_put_in_by_hand(vit, kind):
         y = tuned.apply(adapter, params, images)
         return jnp.sin(y).sum(), y
 
-    grads, got = quick(jax.grad(loss, has_aux=True))(adapter)
+    grads, got = jax.jit(jax.grad(loss, has_aux=True))(adapter)
     check(got, want)
-    assert np.abs(got - quick(model.apply)(params, images)).max() > 1e-2
+    assert np.abs(got - jax.jit(model.apply)(params, images)).max() > 1e-2
     check(grads[site]["prompt"], leaf.grad, 1e-4)
 
 
@@ -95,7 +95,7 @@ def test_layers_in_a_loop_have_prompts_each_and_dropout_takes_entries():
     tuned = jp.transform(Model(), jp.rules(("trunk/layer_*:in", rule)))
     adapter = filled(jax.eval_shape(tuned.init, jax.random.key(2), variables, x))
 
-    @quick
+    @jax.jit
     def by_hand(adapter):
         h = jnp.sin(x)
         for i in range(2):
@@ -105,9 +105,9 @@ def test_layers_in_a_loop_have_prompts_each_and_dropout_takes_entries():
         return h.mean(axis=1)
 
     want = by_hand(adapter)
-    got = quick(tuned.apply)(adapter, variables, x)
+    got = jax.jit(tuned.apply)(adapter, variables, x)
     np.testing.assert_allclose(got, want, 1e-5, 1e-6)
-    dropped = quick(lambda key: tuned.apply(adapter, variables, x, dropout_key=key))
+    dropped = jax.jit(lambda key: tuned.apply(adapter, variables, x, dropout_key=key))
     one, again, other = (dropped(jax.random.key(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, again)
     assert np.abs(one - other).max() > 1e-3 and np.abs(one - want).max() > 1e-3

@@ -8,7 +8,7 @@ from jax import lax
 
 import jaxpeft as jp
 from jaxpeft.methods.ladder import ladder
-from tests.methods.quick import IDS, decoder, filled, quick
+from tests.methods.decoding import IDS, decoder, filled
 
 LAYERS, D, WIDTH, HIDDEN = 3, 6, 4, 5
 W = np.random.default_rng(0).standard_normal((LAYERS, D, D)).astype(np.float32) / 2
@@ -67,7 +67,7 @@ def test_the_formula_and_no_derivative_of_the_model(model):
         y = tuned.apply(adapter, params, X)
         return y.sum(), y
 
-    @quick
+    @jax.jit
     def program(noise):
         fresh = tuned.init(jax.random.key(0), params, X)
         adapter = jax.tree.map(lambda x, n: x + 0.3 * n, fresh, noise)
@@ -135,7 +135,7 @@ def test_side_layers_attend_to_what_is_no_padding(causal):
     assert size == LAYERS * (1 + WIDTH * (D + 2 * HIDDEN)) + WIDTH * D + 4 * LAYERS * WIDTH**2
     adapter = filled(fresh)
 
-    @quick
+    @jax.jit
     def program(adapter):
         slope = jax.grad(lambda a: tuned.apply(a, params, X, KEEP).sum())(adapter)
         without = tuned.apply(adapter, params, X)
@@ -191,7 +191,7 @@ def test_beside_other_methods_the_ladder_stops_gradients():
     adapter = filled(jax.eval_shape(tuned.init, jax.random.key(0), params, X))
     half = {**adapter["norm:in"], "mix": jnp.zeros(1)}
     adapter = jp.Adapter({**adapter, "norm:in": half}, adapter.sites)
-    grads = quick(jax.grad(lambda a: jnp.square(tuned.apply(a, params, X)).sum()))(adapter)
+    grads = jax.jit(jax.grad(lambda a: jnp.square(tuned.apply(a, params, X)).sum()))(adapter)
     assert all(jnp.abs(leaf).max() > 1e-3 for leaf in grads["norm:in"].values() if leaf.ndim > 1)
     # Of lora's there is the rounding of a sum less itself.
     assert all(jnp.abs(leaf).max() < 1e-5 for leaf in grads["w"].values())

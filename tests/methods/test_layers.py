@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import jaxpeft as jp
-from tests.methods.quick import IDS, decoder, filled, quick
+from tests.methods.decoding import IDS, decoder, filled
 
 LAYERS, D = 4, 6
 KEPT = (1, 3)
@@ -94,7 +94,7 @@ def test_it_is_the_method_in_those_layers_of_the_unrolled_model(name, model):
     path, *side = site.split(":")
     few = jp.transform(model, jp.layers(tuning(methods, site), KEPT))
     one = jp.transform(unrolled, tuning(methods, ":".join([path + "{1,3}", *side])))
-    fresh = quick(few.init)(jax.random.key(0), params, X)
+    fresh = jax.jit(few.init)(jax.random.key(0), params, X)
     noise = np.random.default_rng(0)
     adapter = jax.tree.map(lambda x: x + 0.3 * noise.standard_normal(x.shape).astype("f"), fresh)
     shapes = jax.eval_shape(one.init, jax.random.key(0), some, X)
@@ -109,7 +109,7 @@ def test_it_is_the_method_in_those_layers_of_the_unrolled_model(name, model):
     def loss(tuned, params):
         return lambda adapter: (jnp.sin(y := tuned.apply(adapter, params, X)).sum(), y)
 
-    @quick
+    @jax.jit
     def program(fresh, adapter, same, last):
         return (
             (model(params, X), few.apply(fresh, params, X)),
@@ -153,9 +153,9 @@ def test_packed_weights_stay_packed():
     packed = jp.quantize(params, jp.quant.int8())
     tuned = jp.transform(scanned, jp.layers(jp.lora(2), KEPT), strict=True)
     x = np.tile(X, (1, 8))
-    adapter = filled(quick(tuned.init)(jax.random.key(0), packed, x))
+    adapter = filled(jax.jit(tuned.init)(jax.random.key(0), packed, x))
     merged = tuned.merge(adapter, packed)
-    got, want = quick(lambda: (tuned.apply(adapter, packed, x), scanned(merged, x)))()
+    got, want = jax.jit(lambda: (tuned.apply(adapter, packed, x), scanned(merged, x)))()
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 

@@ -12,7 +12,6 @@ from peft import AdaptionPromptConfig, get_peft_model
 
 import jaxpeft as jp
 from jaxpeft.methods.llama_adapter import llama_adapter
-from tests.methods.quick import quick
 from tests.models.tiny import make_model
 
 TOKENS, LAYERS, SITE = 4, 2, "layers/self_attn:context"
@@ -61,8 +60,8 @@ def ids():
 def test_a_fresh_adapter_changes_nothing(llama, tuned, ids):
     _, _, model, params = llama
     method, fresh, _ = tuned
-    expected = quick(model.apply)(params, ids)
-    np.testing.assert_allclose(quick(method.apply)(fresh, params, ids), expected, 1e-5, 1e-5)
+    expected = jax.jit(model.apply)(params, ids)
+    np.testing.assert_allclose(jax.jit(method.apply)(fresh, params, ids), expected, 1e-5, 1e-5)
 
 
 def test_outputs_and_gradients_are_peft_s(llama, tuned, ids):
@@ -75,9 +74,9 @@ def test_outputs_and_gradients_are_peft_s(llama, tuned, ids):
         y = method.apply(adapter, params, ids)
         return jnp.sin(y).sum(), y
 
-    grads, got = quick(jax.grad(loss, has_aux=True))(adapter)
+    grads, got = jax.jit(jax.grad(loss, has_aux=True))(adapter)
     np.testing.assert_allclose(got, logits.detach().numpy(), rtol=1e-4, atol=1e-4)
-    assert np.abs(got - quick(method.fn)(params, ids)).max() > 0.1
+    assert np.abs(got - jax.jit(method.fn)(params, ids)).max() > 0.1
     for layer, module in enumerate(found, start=1):
         want = module.adaption_prompt.grad[0].numpy(), module.adaption_gate.grad.item()
         np.testing.assert_allclose(grads[SITE]["prompt"][layer], want[0], rtol=1e-2, atol=1e-3)
@@ -120,7 +119,7 @@ def test_it_works_on_attentions_of_models_that_nobody_prepared():
     adapter = tuned.init(jax.random.key(4), variables, x)
     prompt, gate = adapter["attn_1:context"]["prompt"], 0.8
     leaves = {"prompt": prompt, "gate": jnp.array(gate)}
-    got = quick(tuned.apply)(jp.Adapter({"attn_1:context": leaves}, adapter.sites), variables, x)
+    got = jax.jit(tuned.apply)(jp.Adapter({"attn_1:context": leaves}, adapter.sites), variables, x)
 
     def linear(x, p, equation):
         return np.einsum(equation, x, np.asarray(p["kernel"], np.float64)) + np.asarray(p["bias"])

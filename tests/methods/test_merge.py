@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxpeft as jp
-from tests.methods.quick import IDS, decoder, filled
+from tests.methods.decoding import IDS, decoder, filled
 
 MODEL, PARAMS = decoder()
 

@@ -16,7 +16,6 @@ from jaxpeft.methods.multitask_prompt import (
     multitask_prompt_tuning,
     only_source_shared,
 )
-from tests.methods.quick import quick
 
 N, D, TASKS, RANKS, VOCABULARY = 3, 4, 5, 2, 7
 TABLE = np.random.default_rng(0).standard_normal((VOCABULARY, D)).astype(np.float32)
@@ -74,7 +73,7 @@ def sources(tuned):
 
 def test_each_sequence_has_the_prompt_of_its_task(tuned, sources):
     theirs, adapter = sources
-    apply = quick(tuned.apply)
+    apply = jax.jit(tuned.apply)
     want = expected(prompts_of(theirs, CHOSEN), IDS)
     np.testing.assert_allclose(apply(adapter, PARAMS, IDS, task_ids=CHOSEN), want, 1e-4, 1e-5)
     with pytest.raises(ValueError, match=r"call apply\(..., task_ids=ids\)"):
@@ -93,7 +92,7 @@ def test_gradients_are_those_of_the_formula_and_none_for_tasks_that_are_absent(t
     def ours(adapter):
         return jnp.sin(tuned.apply(adapter, PARAMS, IDS, task_ids=CHOSEN)).sum()
 
-    got, want = quick(lambda a: (jax.grad(ours)(a), jax.grad(formula)(a)))(adapter)
+    got, want = jax.jit(lambda a: (jax.grad(ours)(a), jax.grad(formula)(a)))(adapter)
     for name, leaf in want["table"].items():
         np.testing.assert_allclose(got["table"][name], leaf, rtol=1e-4, atol=1e-5)
     assert not got["table"]["rows"][jnp.array([0, 2, 3])].any()
@@ -117,7 +116,7 @@ def test_a_target_task_starts_as_in_peft(how, sources, tmp_path):
     for name, leaf in leaves_of(target).items():
         np.testing.assert_allclose(start["table"][name], leaf, rtol=1e-6, atol=1e-7)
     single = jp.transform(model, multitask_prompt_tuning(N, 1, ranks=RANKS))
-    got = quick(single.apply)(start, PARAMS, IDS)
+    got = jax.jit(single.apply)(start, PARAMS, IDS)
     want = expected(prompts_of(target, [0, 0]), IDS)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 

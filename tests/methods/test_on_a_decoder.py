@@ -15,7 +15,7 @@ from jaxpeft.methods.ladder import ladder
 from jaxpeft.methods.llama_adapter import llama_adapter
 from jaxpeft.methods.multitask_prompt import multitask_prompt_tuning
 from jaxpeft.methods.p_tuning import p_tuning
-from tests.methods.quick import IDS, decoder, quick
+from tests.methods.decoding import IDS, decoder
 
 MODEL, PARAMS = decoder()
 TASKS = {"task_ids": jnp.array([2, 0])}
@@ -45,7 +45,7 @@ def made(request):
     """The tuned model, a fresh adapter, and one with noise on what is trained."""
     tuning, own = METHODS[request.param]
     tuned = jp.transform(MODEL, tuning)
-    fresh = quick(tuned.init)(jax.random.key(0), PARAMS, IDS)
+    fresh = jax.jit(tuned.init)(jax.random.key(0), PARAMS, IDS)
     noise = np.random.default_rng(0)
     moved = jax.tree.map(
         lambda leaf, train: leaf + train * 0.3 * noise.standard_normal(leaf.shape).astype("f"),
@@ -62,7 +62,7 @@ def test_vmap_over_adapters_is_a_loop_over_adapters(made):
     def apply(adapter):
         return tuned.apply(adapter, PARAMS, IDS, **own)
 
-    @quick
+    @jax.jit
     def program(fresh, moved):
         both = jax.tree.map(lambda *leaves: jnp.stack(leaves), fresh, moved)
         ones = apply(fresh), apply(moved)

@@ -9,7 +9,6 @@ from peft import PromptEncoder, PromptEncoderConfig
 
 import jaxpeft as jp
 from jaxpeft.methods.p_tuning import flat_prompt, p_tuning
-from tests.methods.quick import quick
 
 N, D, HIDDEN, VOCABULARY = 3, 4, 5, 7
 TABLE = np.random.default_rng(0).standard_normal((VOCABULARY, D)).astype(np.float32)
@@ -61,7 +60,7 @@ def test_the_network_is_peft_s_and_the_prompt_is_put_in_front(kind, layers):
         y = tuned.apply(adapter, params, IDS)
         return jnp.sin(y).sum(), y
 
-    grads, got = quick(jax.grad(loss, has_aux=True))(adapter)
+    grads, got = jax.jit(jax.grad(loss, has_aux=True))(adapter)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
 
@@ -70,10 +69,10 @@ def test_the_flat_prompt_is_that_of_prompt_tuning():
     params = {"table": TABLE}
     methods = p_tuning(N, hidden=HIDDEN), jp.prompt_tuning(N)
     tuned, plain = (jp.transform(model, method) for method in methods)
-    adapter = quick(tuned.init)(jax.random.key(0), params, IDS)
+    adapter = jax.jit(tuned.init)(jax.random.key(0), params, IDS)
     flat = jp.Adapter({"table": flat_prompt(adapter["table"])}, adapter.sites)
-    got = quick(plain.apply)(flat, params, IDS)
-    np.testing.assert_allclose(got, quick(tuned.apply)(adapter, params, IDS), rtol=1e-5)
+    got = jax.jit(plain.apply)(flat, params, IDS)
+    np.testing.assert_allclose(got, jax.jit(tuned.apply)(adapter, params, IDS), rtol=1e-5)
     assert flat_prompt(flat["table"]) is flat["table"]
 
 

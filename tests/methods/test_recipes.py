@@ -8,7 +8,6 @@ import pytest
 import jaxpeft as jp
 from jaxpeft.hf.adapterhub import load_adapterhub
 from tests.hf.adapterhub.conftest import FIXTURES, base, inputs, stored
-from tests.methods.quick import quick
 
 LORA = dict(activation="identity", reads="input", bias=False)
 RECIPES = {
@@ -49,7 +48,7 @@ def made(name):
 def test_a_plain_chain_computes_what_the_library_does(name):
     _, params, tuned, adapter = made(name)
     (ids,), named = inputs("bert")
-    found = quick(lambda: tuned.apply(adapter, params, ids, **named))()
+    found = jax.jit(lambda: tuned.apply(adapter, params, ids, **named))()
     np.testing.assert_allclose(found, stored("bert")[f"{name}/logits"], rtol=1e-5, atol=1e-5)
 
 
@@ -85,7 +84,7 @@ def test_gates_leave_out_what_they_close_and_open_to_the_plain_forms():
     keys = {s.path: adapter[s.path] for s in sites}
     alone = jp.transform(model, jp.chain(jp.prefix_tuning(3, hidden=4, gate=True)))
 
-    @quick
+    @jax.jit
     def program():
         def run(tuned, adapter):
             return tuned.apply(adapter, params, ids, **named)

@@ -16,7 +16,7 @@ from jaxpeft.methods.shadow import shadow
 from jaxpeft.methods.shadow_backbone import shadow_start
 from jaxpeft.models import load
 from tests.hf.conftest import PEFT_WARNINGS
-from tests.methods.quick import IDS, decoder, filled, quick
+from tests.methods.decoding import IDS, decoder, filled
 from tests.models.tiny import oracle, tokens  # noqa: F401
 
 pytestmark = PEFT_WARNINGS
@@ -110,7 +110,7 @@ def test_it_equals_peft(oracle, tokens, blocks):  # noqa: F811
         y = tuned.apply(adapter, params, tokens)
         return jnp.sin(y).sum(), (y, shadow_start(tuned, adapter, params, tokens))
 
-    grads, (y, first) = quick(jax.grad(loss, has_aux=True))(adapter)
+    grads, (y, first) = jax.jit(jax.grad(loss, has_aux=True))(adapter)
     np.testing.assert_allclose(y, logits.detach(), rtol=1e-4, atol=1e-4)
     seed = wrap.base_model._seed_shadow_state.detach()
     np.testing.assert_allclose(first, seed, rtol=1e-4, atol=1e-5)
@@ -154,7 +154,7 @@ def test_files_of_peft_with_a_mirror_are_read_and_written(oracle, tokens, tmp_pa
 
     tuned, adapter = jp.hf.load_adapter(tmp_path / "peft", model)
     real = mask.astype(bool)
-    found, plain = quick(
+    found, plain = jax.jit(
         lambda: (tuned.apply(adapter, params, tokens, mask=real), model.apply(params, tokens))
     )()
     np.testing.assert_allclose(found[real], expected[real], rtol=1e-4, atol=1e-4)
@@ -233,7 +233,9 @@ def test_layers_with_names_of_their_own():
             found = jax.tree.map(lambda leaf, i=i: leaf[i], adapter[f"layers:{side}"])
             leaves[f"block_{i}:{side}"] = found
     same = jp.Adapter(leaves, sites)
-    a, b, plain = quick(lambda: (one.apply(adapter, w, x), many.apply(same, w, x), scanned(w, x)))()
+    a, b, plain = jax.jit(
+        lambda: (one.apply(adapter, w, x), many.apply(same, w, x), scanned(w, x))
+    )()
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     assert np.abs(a - plain).max() > 1e-2
     starts = shadow_start(one, adapter, w, x), shadow_start(many, same, w, x)

@@ -13,7 +13,6 @@ from flax import nnx
 import jaxpeft as jp
 from jaxpeft.models.config import from_hf
 from tests.cases.hlo import made
-from tests.cases.measure import QUICK
 
 # No activation has as many elements as a matrix, or as all of its layers.
 TOKENS = jax.ShapeDtypeStruct((2, 5), jnp.int32)
@@ -71,7 +70,7 @@ def test_a_step_keeps_packed_weights_and_unpacks_a_layer_at_a_time(fmt, remat):
     shapes = {x.shape for x in residuals}
     assert all(w.packed["codes"].shape in shapes for w in stacks)
 
-    step = jax.jit(jax.value_and_grad(loss)).lower(adapter, params, TOKENS).compile(QUICK)
+    step = jax.jit(jax.value_and_grad(loss)).lower(adapter, params, TOKENS).compile()
     assert not made(step.as_text(), everywhere)
     dense = 4 * sum(math.prod(w.shape[1:]) for w in stacks)
     activations = sum(x.size * x.dtype.itemsize for x in floats)
@@ -87,7 +86,7 @@ def test_tiles_of_a_large_matrix_are_dense_one_at_a_time_in_both_passes(monkeypa
     for fmt in (jp.quant.nf4(), jp.quant.int8()):
         params = jax.eval_shape(lambda w, f=fmt: jp.quantize({"w": w}, f, compute="xla"), shape)
         model = jp.lift(lambda params, x: jnp.tanh(x @ params["w"]).sum(), strict=True)
-        step = jax.jit(jax.grad(jax.checkpoint(model), 1)).lower(params, x).compile(QUICK)
+        step = jax.jit(jax.grad(jax.checkpoint(model), 1)).lower(params, x).compile()
         assert not made(step.as_text(), {256 * columns})
         packed = sum(a.size * a.dtype.itemsize for a in params["w"].packed.values())
         assert step.memory_analysis().temp_size_in_bytes < 2 * packed + 3 * tile

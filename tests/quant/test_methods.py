@@ -10,7 +10,6 @@ from flax import nnx
 
 import jaxpeft as jp
 from jaxpeft.models.config import from_hf
-from tests.methods.quick import quick
 
 CONFIG = from_hf(
     dict(
@@ -107,7 +106,7 @@ def test_outputs_and_gradients_are_those_over_the_unpacked_weights(names, decode
         y = tuned.apply(adapter, params, IDS, **own)
         return jnp.sin(y).sum(), y
 
-    @quick
+    @jax.jit
     def program(adapter, packed, plain):
         both = jax.value_and_grad(loss, has_aux=True)
         return both(adapter, packed), both(adapter, plain)

@@ -8,7 +8,7 @@ from flax import nnx
 
 import jaxpeft as jp
 from jaxpeft.models.decoder import Decoder
-from tests.methods.quick import CONFIG, decoder, filled, quick
+from tests.methods.decoding import CONFIG, decoder, filled
 
 MODEL, PARAMS = decoder()
 # The second sequence has padding in front.
@@ -38,7 +38,7 @@ def test_greedy_tokens_are_those_without_a_cache(name):
     # All the tokens at once, without a cache: each is the likeliest after those before it.
     text = np.concatenate([IDS, new], 1)
     mask = np.concatenate([MASK, np.ones_like(new, bool)], 1)
-    logits, plain = quick(
+    logits, plain = jax.jit(
         lambda text, mask: (
             tuned.apply(adapter, PARAMS, text, mask=mask), MODEL.apply(PARAMS, text, mask=mask)
         )
@@ -64,7 +64,7 @@ def test_remat_changes_neither_outputs_nor_gradients(name):
 
         return jax.value_and_grad(of, has_aux=True)
 
-    kept, again = quick(lambda adapter: [loss(one)(adapter) for one in tuned])(adapter)
+    kept, again = jax.jit(lambda adapter: [loss(one)(adapter) for one in tuned])(adapter)
     for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(again), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(kept[1]))

@@ -1,4 +1,4 @@
-"""A decoder of two layers, made without computing, and `jit` that compiles quickly."""
+"""A decoder of two layers, made without computing."""
 
 import functools
 
@@ -9,9 +9,7 @@ from flax import nnx
 
 from jaxpeft.models.config import from_hf
 from jaxpeft.models.decoder import Decoder
-from tests.cases.measure import QUICK
 
-quick = functools.partial(jax.jit, compiler_options=QUICK)
 CONFIG = from_hf(
     dict(
         model_type="qwen2", vocab_size=11, hidden_size=8, intermediate_size=12,
