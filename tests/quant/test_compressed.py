@@ -201,6 +201,9 @@ def test_rows_in_the_order_of_activations():
     expected = 7 * arrays["weight_scale"].T[index]
     np.testing.assert_array_equal(dequantize(*ours), expected)
     np.testing.assert_array_equal(to_compressed_tensors(ours).arrays["weight_g_idx"], index)
+    for bad in (index + 1, index - 1, index[1:], index + 0.0):
+        with pytest.raises(ValueError, match="'weight_g_idx' is .* rows need .* from 0 to 2"):
+            from_compressed_tensors(arrays | {"weight_g_idx": bad}, weights, format)
 
 
 def written(fmt):

@@ -132,6 +132,7 @@ ANY = dict(block=GROUP, symmetric=False)
         (from_gptq, change(), dict(block=16, symmetric=False), "'scale' of .*needs float16"),
         (from_gptq, change(g_idx=ORDER[::-1]), ANY, "indexed=True"),
         (from_gptq, change(g_idx=ORDER + 1), ANY, "from 1 to 2; 64 rows"),
+        (from_gptq, change(g_idx=ORDER * np.nan), ANY, r"'g_idx' is float64\(64,\) from nan"),
         (from_gptq, change(g_idx=ORDER[:8]), ANY, r"'g_idx' is int32\(8,\)"),
         (from_gptq, change(), ANY | dict(version=3), "version=3: 1 is 'gptq'"),
         (from_gptq, change(scales=np.full((2, 16), np.nan, np.float16)), ANY, "not finite"),

@@ -16,7 +16,7 @@ from jaxpeft.quant.formats.base import Quantized, Shape, check
 from jaxpeft.quant.formats.blocks import pack_nibbles
 from jaxpeft.quant.formats.float8 import Float8, from_fp8, to_fp8
 from jaxpeft.quant.formats.fp4_files import from_mxfp4, from_nvfp4, to_fp4
-from jaxpeft.quant.formats.integer import Int4, Int8, Integer, check_codes
+from jaxpeft.quant.formats.integer import Int4, Int8, Integer, block_index, check_codes
 from jaxpeft.quant.formats.micro import MXFP4, NVFP4
 from jaxpeft.quant.formats.words import named, pack_words, unpack_words, words_of
 
@@ -129,7 +129,7 @@ def _from_integers(
     if not symmetric:
         packed["zero"] = _zero(arrays, scale.shape, bits, packed_file, weights).T
     if index is not None:
-        packed["index"] = np.asarray(index, np.int32)[:, None]
+        packed["index"] = block_index("weight_g_idx", index, rows, fmt)[:, None]
     check(packed, fmt, (rows, out))
     return Quantized(packed, fmt, (rows, out))
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxpeft.quant.formats.base import Quantized, check
 from jaxpeft.quant.formats.blocks import pack_nibbles
-from jaxpeft.quant.formats.integer import Int4, check_codes
+from jaxpeft.quant.formats.integer import Int4, block_index, check_codes
 from jaxpeft.quant.formats.words import named, pack_words, unpack_words, words_of
 
 Arrays = dict[str, np.ndarray]
@@ -171,14 +171,9 @@ def _zeros(zero: np.ndarray, symmetric: bool) -> Arrays:
 def _index(index: Any, rows: int, fmt: Int4) -> Arrays:
     """The block of each row, where it has to be kept."""
     in_order = np.arange(rows, dtype=np.int32) // (fmt.block or rows)
-    index = in_order if index is None else np.asarray(index)
-    if index.shape != (rows,) or index.min() < 0 or index.max() > in_order[-1]:
-        raise ValueError(
-            f"'g_idx' is {index.dtype}{index.shape} from {index.min()} to {index.max()}; "
-            f"{rows} rows need {rows} numbers from 0 to {in_order[-1]}. Check group_size."
-        )
+    index = in_order if index is None else block_index("g_idx", index, rows, fmt)
     if fmt.indexed:
-        return {"index": index.astype(np.int32)[:, None]}
+        return {"index": index[:, None]}
     if not np.array_equal(index, in_order):
         raise ValueError("'g_idx' is not in the order of groups. Pass indexed=True (desc_act).")
     return {}

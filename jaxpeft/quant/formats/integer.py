@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -176,6 +176,22 @@ def check_codes(fmt: Integer) -> None:
             f"{fmt} has zero points between codes, which files of integers cannot hold. Merge with "
             "rounding instead: jp.quant.merge(tuned, adapter, params, fmt)."
         )
+
+
+def block_index(name: str, index: Any, rows: int, fmt: Integer) -> np.ndarray:
+    """The block of each row, int32 `(rows,)`, from a file's tensor of this name.
+
+    Raises:
+        ValueError: it is of another shape or dtype, or names a block that is not there.
+    """
+    index, last = np.asarray(index), (rows - 1) // (fmt.block or rows)
+    whole = index.shape == (rows,) and index.dtype.kind in "iu"
+    if not whole or index.min() < 0 or index.max() > last:
+        raise ValueError(
+            f"{name!r} is {index.dtype}{index.shape} from {index.min()} to {index.max()}; "
+            f"{rows} rows need {rows} numbers from 0 to {last}. Check group_size."
+        )
+    return index.astype(np.int32)
 
 
 class Int8(Integer):
