@@ -24,7 +24,9 @@ from jaxpeft.quant.formats import (
 Arrays = dict[str, np.ndarray]
 Shape = tuple[int, ...]
 # What a converter may raise where a file says something absurd.
-_DAMAGE = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
+_DAMAGE = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, re.error,
+)  # fmt: skip
 
 
 class Stored(NamedTuple):
@@ -108,7 +110,10 @@ def _packed(
 
     def read() -> Quantized:
         arrays = {part: stored.read() for part, stored in parts.items()}
-        return method.convert(arrays, options, module)
+        weight = method.convert(arrays, options, module)
+        if weight.shape != shape[::-1]:
+            raise ValueError(f"its arrays are of {weight.shape[::-1]}, but it says {shape}.")
+        return weight
 
     name = f"{module}.weight"
     shape = blamed(name, file, lambda: tuple(int(n) for n in method.shape(parts, options)))
@@ -125,10 +130,14 @@ def blamed(name: str, file: str, work: Callable[[], Any]) -> Any:
 
 
 def _method(options: Mapping[str, Any]) -> Method:
+    if not isinstance(options, Mapping):
+        raise ValueError(
+            f"quantization_config is {options!r:.80}, but should be a dict of options."
+        )
     name = options.get("quant_method")
     if name is None and (options.get("load_in_4bit") or options.get("load_in_8bit")):
         name = "bitsandbytes"  # as transformers reads files from before the key
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(
             f"quantization_config with quant_method={name!r} is not supported. Supported: "
             f"{', '.join(METHODS)}; unquantized safetensors; and .gguf files."

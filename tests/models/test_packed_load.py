@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxpeft as jp
 from jaxpeft.models import load
+from jaxpeft.models.packed_files import Stored, find_packed
 from tests.models.packed import (
     TOKENS,
     by_bitsandbytes,
@@ -271,6 +272,7 @@ def copy(nf4, tmp_path):
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
+STATE = f"{UP}.quant_state.bitsandbytes__nf4"
 
 
 @pytest.mark.parametrize("how", [None, "keep"])
@@ -281,10 +283,14 @@ UP = "model.layers.1.mlp.up_proj.weight"
         (lambda t: t.pop(UP), "'weight' is missing"),
         (lambda t: t.pop(f"{UP}.absmax"), "'absmax' is missing"),
         (lambda t: t.update({f"{UP}.nested_absmax": t[f"{UP}.nested_absmax"] * np.nan}), "finite"),
-        (lambda t: t.pop(f"{UP}.quant_state.bitsandbytes__nf4"), "quant_state.*is missing"),
+        (lambda t: t.pop(STATE), "quant_state.*is missing"),
         (
-            lambda t: t.update({f"{UP}.quant_state.bitsandbytes__nf4": np.zeros(3, np.uint8)}),
+            lambda t: t.update({STATE: np.zeros(3, np.uint8)}),
             "Expecting value",
+        ),
+        (
+            lambda t: t.update({STATE: np.frombuffer(b"[" * 10**5, np.uint8).copy()}),
+            "RecursionError",
         ),
     ],
 )
@@ -301,8 +307,11 @@ def test_packed_weights_without_what_says_so(copy):
 
     with pytest.raises(ValueError, match=rf"{UP}' in .* has shape \(4096, 1\)"):
         load(copy(strip))
-    with pytest.raises(ValueError, match="quant_method='hqq' is not supported.*bitsandbytes, gptq"):
-        load(copy(quant_method="hqq"))
+    for method in ("hqq", ["gptq"]):
+        with pytest.raises(
+            ValueError, match="quant_method=.* is not supported.*bitsandbytes, gptq"
+        ):
+            load(copy(quant_method=method))
 
 
 def test_codes_without_scales_are_no_weights(dense, tmp_path):
@@ -340,6 +349,7 @@ def test_compressed_tensors_options_that_are_not_known(tmp_path, dense):
         (dict(sparsity_config=dict(format="sparse-24-bitmask")), "sparsity 'sparse-24-bitmask'"),
         (dict(transform_config=dict(config_groups={"u": {}})), "transform_config"),
         (dict(config_groups=dict(group_0=group | dict(targets=["re:.*q_proj$"]))), "none of the"),
+        (dict(config_groups=dict(group_0=group | dict(targets=["re:("]))), "unterminated subpat"),
         (dict(config_groups=dict(group_0=group | dict(format="dense"))), "format='dense'"),
     ):
         described(dense, tmp_path, **said | change)
@@ -359,3 +369,20 @@ def test_what_is_asked_for_has_to_make_sense(dense):
     rules = jp.rules(("**/up_proj/kernel", jp.quant.nf4(128)))
     with pytest.raises(ValueError, match="'layers/mlp/up_proj/kernel'.*Use block=64"):
         load(dense, quantize=rules)
+
+
+def test_arrays_of_another_shape_than_a_file_says():
+    """One row would else be read as each of the eight."""
+    arrays = {
+        "up.weight": np.ones((1, 32), np.int8),
+        "up.weight_scale": np.ones((1, 1), np.float32),
+        "up.weight_shape": np.array([8, 32]),
+    }
+    stored = {n: Stored(a.shape, lambda a=a: a, "model.safetensors") for n, a in arrays.items()}
+    group = dict(targets=["Linear"], weights=dict(INT, num_bits=8, strategy="channel"))
+    options = dict(
+        quant_method="compressed-tensors", format="int-quantized", config_groups={"group_0": group}
+    )
+    packed, _ = find_packed(options, stored)
+    with pytest.raises(ValueError, match=r"arrays are of \(1, 32\), but it says \(8, 32\)"):
+        packed["up.weight"].read()
