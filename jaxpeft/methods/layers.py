@@ -50,8 +50,8 @@ def layers(tuning: Any, select: Sequence[int] | slice = slice(None)) -> Any:
 
     Raises:
         TypeError: if `tuning` or `select` is no such thing.
-        ValueError: if a method must be in all layers, as a prefix must; from `init`, if a stack has
-            no such layers.
+        ValueError: if a method must be in all layers, as a prefix must, or is in some of them
+            already; from `init`, if a stack has no such layers.
 
     Example:
         >>> import jaxpeft as jp
@@ -62,7 +62,8 @@ def layers(tuning: Any, select: Sequence[int] | slice = slice(None)) -> Any:
         Rücklé et al. 2021, arXiv:2010.11918.
     """
     if not isinstance(select, slice):
-        if isinstance(select, str) or not all(isinstance(i, int) for i in select):
+        listed = isinstance(select, Sequence) and not isinstance(select, str)
+        if not listed or not all(isinstance(i, int) for i in select):
             raise TypeError(f"select={select!r}: numbers of layers, [0, 5], or slice(6, None).")
         select = tuple(select)
     if isinstance(tuning, Rules):
@@ -80,6 +81,11 @@ def in_layers(method: Method, select: tuple[int, ...] | slice) -> Method:
         raise ValueError(
             f"`{method.name}` must be in all layers: without it they take the placeholders for "
             "tokens. Use llama_adapter, whose rows are beside the sequence, for some of them."
+        )
+    if OPTION in method.options:
+        raise ValueError(
+            f"`{method.name}` is in layers {method.options[OPTION]!r} already. Say once which: "
+            f"jp.layers(method, {_shown(select)!r})."
         )
 
     def start(key: Array, site: Site, weight: Any) -> Leaves:

@@ -169,10 +169,12 @@ def test_bad_selections_are_told():
     tuned = jp.transform(model, jp.layers(jp.rules(("v", jp.lora(2))), [0]))
     with pytest.raises(ValueError, match="`lora` cannot work there: they are no stack of layers"):
         tuned.init(jax.random.key(0), params, X)
-    for wrong in ("0:2", [0.5]):
+    for wrong in ("0:2", [0.5], 3):
         with pytest.raises(TypeError, match=r"slice\(6, None\)"):
             jp.layers(jp.lora(2), wrong)
     with pytest.raises(ValueError, match="`prefix_tuning` must be in all layers"):
         jp.layers(jp.prefix_tuning(2), [0])
+    with pytest.raises(ValueError, match=r"`lora` is in layers '2::' already.*once"):
+        jp.layers(jp.layers(jp.lora(2), slice(2, None)), [3])
     with pytest.raises(TypeError, match="a tuning is a method"):
         jp.layers("lora", [0])
