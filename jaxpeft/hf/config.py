@@ -172,8 +172,8 @@ def _check_type(config: Mapping[str, Any], path: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(
-            f"{path}: peft_type is {kind!r}; only 'LORA' is read. In PEFT, `save_as_lora` turns "
-            "other adapters into LoRA."
+            f"{path}: peft_type is {kind!r}; read are LORA, SHADOW, and prompts and prefixes. In "
+            "PEFT, `save_as_lora` turns other adapters into LoRA."
         )
 
 
