@@ -27,6 +27,8 @@ def save_adapter(directory: Path, tuned: Any, adapter: Any, model: Any, base: st
         jp.hf.save_adapter(directory, tuned, adapter, model=model, base_model_name=base)
     except PeftFormatError:
         jp.save(directory / NATIVE, adapter, tuned)
+        # An earlier adapter of PEFT's would be read in place of this one.
+        (directory / CONFIG).unlink(missing_ok=True)
         return directory / NATIVE
     return directory / "adapter_model.safetensors"
 

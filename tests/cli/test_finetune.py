@@ -170,6 +170,8 @@ def test_a_bad_value_says_what_is_allowed(jaxpeft, tiny_model, data, tmp_path, o
 )
 def test_any_method_is_tuned_and_generates(jaxpeft, tiny_model, data, tmp_path, method, file):
     output, short = tmp_path / "out", [*SHORT[:4], "--learning-rate", "0.1", "--steps", "2"]
+    output.mkdir()
+    (output / "adapter_config.json").write_text('{"peft_type": "LORA"}')  # of an earlier adapter
     options = ("--method", method, "--output", output, "--remat", "layers", *short)
     result = jaxpeft("finetune", tiny_model, data, *options)
     assert result.code == 0, result.err
