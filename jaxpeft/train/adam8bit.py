@@ -148,12 +148,17 @@ def adam8bit(
     )
 
 
-def _check(b1: float, b2: float, eps: float, min_size: int) -> None:
+def _check(b1: Any, b2: Any, eps: Any, min_size: int) -> None:
     for name, decay in (("b1", b1), ("b2", b2)):
-        if not 0 <= decay < 1:
+        if _is_known(decay) and not 0 <= decay < 1:
             raise ValueError(f"{name}={decay} is no decay. Use a number from 0 to below 1.")
-    if eps < 0 or min_size < 0:
+    if (_is_known(eps) and eps < 0) or min_size < 0:
         raise ValueError(f"eps={eps} and min_size={min_size}: neither can be negative.")
+
+
+def _is_known(number: Any) -> bool:
+    """`optax.inject_hyperparams` traces what it injects."""
+    return not isinstance(number, jax.core.Tracer)
 
 
 def _fresh(x: Array, signed: bool, min_size: int) -> Moment | Array:
@@ -179,9 +184,14 @@ def _leaf(g: Array, mu: Any, nu: Any, *, count: Array, b1: float, b2: float, eps
     return automatic(step, (spread(g, g.shape), kept, kept), g, mu, nu, count)
 
 
-def _bias(decay: float, count: Array) -> Array:
+def _bias(decay: Any, count: Array) -> Array:
     """`1 - decay^count`; the power is so close to 1 at first that the difference loses digits."""
-    return -jnp.expm1(count.astype(jnp.float32) * math.log(decay)) if decay else jnp.ones(())
+    log: Any = jnp.log(decay) if isinstance(decay, jax.Array) else _log(decay)
+    return -jnp.expm1(count.astype(jnp.float32) * log)
+
+
+def _log(decay: float) -> float:
+    return math.log(decay) if decay else -math.inf
 
 
 def _shardings(x: Array) -> Moment:

@@ -192,3 +192,14 @@ def test_options_out_of_range_are_named():
         train.adam8bit(1e-3, b2=1.0)
     with pytest.raises(ValueError, match="min_size=-1"):
         train.scale_by_adam8bit(min_size=-1)
+
+
+def test_options_may_be_injected():
+    params = {"w": jnp.asarray(start((8, 512), 0))}
+    steps = [{"w": g} for g in gradients((8, 512), 0)[:2]]
+    plain, _ = ours(train.adam8bit(RATE, weight_decay=DECAY), params, steps)
+    make = optax.inject_hyperparams(train.adam8bit, static_args="min_size")
+    injected, state = ours(make(RATE, weight_decay=DECAY), params, steps)
+    assert state.hyperparams["b2"] == np.float32(0.999)
+    for a, b in zip(injected, plain, strict=True):
+        np.testing.assert_allclose(a["w"] - params["w"], b["w"] - params["w"], rtol=1e-3, atol=1e-6)
