@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from jaxpeft.core.einsum import Einsum
 from jaxpeft.core.labels import View
 from jaxpeft.core.structured import Sum
+from jaxpeft.quant.formats.host import on_device
 from jaxpeft.quant.formats.integer import Integer, shifted
+from jaxpeft.quant.offload import fetched
 from jaxpeft.quant.weight import QuantizedWeight, wrap
 
 Array = jax.Array
@@ -22,16 +24,17 @@ Array = jax.Array
 
 def absorb(weight: Any, base: Any) -> QuantizedWeight | None:
     """A tuned weight `base + updates` as `base` with other zero points; None if it cannot be."""
-    if not isinstance(base, QuantizedWeight) or not isinstance(base.format, Integer):
+    fmt = on_device(base.format) if isinstance(base, QuantizedWeight) else None
+    if not isinstance(fmt, Integer):
         return None
     first, *updates = _parts(weight)
-    if first is not base or base.format.indexed or base.tail:
+    if first is not base or fmt.indexed or base.tail:
         return None
-    found = [_over_blocks(update, base, base.format) for update in updates]
+    found = [_over_blocks(update, base, fmt) for update in updates]
     known = [part for part in found if part is not None]
     if len(known) < len(found):
         return None
-    packed, fmt = shifted(base.packed, base.format, sum(known, jnp.float32(0)))
+    packed, fmt = shifted(fetched(base).packed, fmt, sum(known, jnp.float32(0)))
     return wrap(packed, fmt, base.shape, axes=base.axes, dtype=base.dtype, compute=base.compute)
 
 

@@ -17,6 +17,8 @@ from jaxpeft.core.tree import leaves_with_paths
 from jaxpeft.quant import formats
 from jaxpeft.quant.absorb import absorb
 from jaxpeft.quant.formats import Error, Format, Packed
+from jaxpeft.quant.formats.host import on_device
+from jaxpeft.quant.offload import fetched
 from jaxpeft.quant.quantize import Axes, axes_of, canonical, choose, key_at, whole_blocks
 from jaxpeft.quant.weight import QuantizedWeight, wrap
 
@@ -46,7 +48,8 @@ def merge(
 
     One leaf, and of a stack one layer, is dense at a time. Weights that the adapter leaves alone
     and whose format stays are not touched. Updates that are the same all over the blocks of an
-    integer format (`jaxpeft.qalora`) are taken in by its zero points, which become float32.
+    integer format (`jaxpeft.qalora`) are taken in by its zero points, which become float32. What
+    `jaxpeft.offload` has put into host memory comes back to the device.
 
     Args:
         tuned: the tuned model.
@@ -83,8 +86,9 @@ def merge(
         base = bases[path]
         if path not in wanted:
             return dense(weight)
-        if weight is base and isinstance(base, QuantizedWeight) and base.format == wanted[path]:
-            return base
+        if weight is base and isinstance(base, QuantizedWeight):
+            if on_device(base.format) == wanted[path]:
+                return fetched(base)
         moved = absorb(weight, base)
         if moved is not None and (rules is None or wanted[path] == moved.format):
             errors[path] = _error_of(weight, moved)
@@ -102,13 +106,14 @@ def merge(
 def formats_wanted(rules: Any, pairs: Any, sites: Mapping[str, Site]) -> dict[str, Format]:
     """The format of each merged weight that is to be packed, by path."""
     quantized = {path: leaf for path, leaf in pairs if isinstance(leaf, QuantizedWeight)}
-    own = {path: leaf.format for path, leaf in quantized.items()}
+    there = {path: on_device(leaf.format) for path, leaf in quantized.items()}
+    own = {path: fmt for path, fmt in there.items() if fmt is not None}
     if rules is None:
         return own
     shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in pairs}
     if not isinstance(rules, Format):
         return choose(rules, list(shapes.items()), sites)
-    fitting = (path for path, leaf in quantized.items() if whole_blocks(leaf.packed_shape, rules))
+    fitting = (path for path in own if whole_blocks(quantized[path].packed_shape, rules))
     rest = [(path, shape) for path, shape in shapes.items() if path not in own]
     return own | dict.fromkeys(fitting, rules) | choose(rules, rest, sites)
 

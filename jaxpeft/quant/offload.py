@@ -8,13 +8,13 @@ from typing import Any
 import jax
 
 from jaxpeft.core.labels import Layout
-from jaxpeft.core.memory import to_host
+from jaxpeft.core.memory import to_device, to_host
 from jaxpeft.core.rules import Where, compile_pattern, unmatched
 from jaxpeft.core.sharding import automatic, placed_as, spread
 from jaxpeft.core.structured import Structured
 from jaxpeft.core.tree import leaves_with_paths
 from jaxpeft.quant.formats import Format, Packed
-from jaxpeft.quant.formats.host import Plain, Worded, to_words
+from jaxpeft.quant.formats.host import Plain, Worded, from_words, on_device, to_words
 from jaxpeft.quant.quantize import axes_of, is_matrix, is_usual
 from jaxpeft.quant.weight import QuantizedWeight
 
@@ -78,6 +78,16 @@ def _moved(leaf: Any) -> QuantizedWeight:
         Layout.of(leaf.shape),
         leaf.dtype,
         compute="xla",
+    )
+
+
+def fetched(weight: QuantizedWeight) -> QuantizedWeight:
+    """A packed weight as it was before `offload`, on the device; others as they are."""
+    fmt = on_device(weight.format)
+    if fmt is None or fmt == weight.format:
+        return weight
+    return dataclasses.replace(
+        weight, packed=from_words(to_device(dict(weight.packed))), format=fmt
     )
 
 

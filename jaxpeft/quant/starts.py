@@ -26,6 +26,7 @@ from jaxpeft.core.tree import leaves_with_paths
 from jaxpeft.methods.lora import is_plain, unfused
 from jaxpeft.quant.alternate import LOFTQ, PISSA, Layer, Scheme, alternated, by_layer
 from jaxpeft.quant.formats import Format
+from jaxpeft.quant.formats.host import on_device
 from jaxpeft.quant.merge import formats_wanted, repack
 from jaxpeft.quant.quantize import axes_of
 from jaxpeft.quant.svd import Svd, exact_svd
@@ -199,7 +200,7 @@ def _low_rank(tuned: Tuned, adapter: Adapter) -> dict[str, Method]:
 
 
 def _has(leaf: Any, fmt: Format) -> bool:
-    return isinstance(leaf, QuantizedWeight) and leaf.format == fmt
+    return isinstance(leaf, QuantizedWeight) and on_device(leaf.format) == fmt
 
 
 def _shapes(leaves: Leaves) -> dict[str, Any]:

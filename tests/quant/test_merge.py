@@ -75,7 +75,8 @@ def test_a_bare_format_takes_dense_matrices_as_quantize_does(made):
     again = jp.quantize(tuned.merge(adapter, packed), jp.quant.int8())
     for name in packed:
         for part, array in again[name].packed.items():
-            np.testing.assert_allclose(merged[name].packed[part], array, rtol=1e-6, atol=1)
+            near = dict(rtol=0, atol=1) if part == "codes" else dict(rtol=1e-5)
+            np.testing.assert_allclose(merged[name].packed[part], array, **near)
 
 
 def test_one_layer_is_dense_at_a_time(made):

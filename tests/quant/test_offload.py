@@ -35,7 +35,7 @@ def kinds(tree):
 
 
 @pytest.mark.parametrize("fmt", [None, jp.quant.nf4()], ids=["dense", "nf4"])
-def test_outputs_and_gradients_are_the_same_to_the_bit(fmt):
+def test_outputs_and_gradients_are_the_same(fmt):
     here = PARAMS if fmt is None else jp.quantize(PARAMS, fmt)
     there = jp.offload(here)
     for weight in (there["layers"]["kernel"], there["head"]["kernel"]):
@@ -59,6 +59,21 @@ def test_outputs_and_gradients_are_the_same_to_the_bit(fmt):
     merged, expected = tuned.merge(adapter, there), tuned.merge(adapter, here)
     jax.tree.map(np.testing.assert_array_equal, merged, expected)
     assert kinds(merged) == {"device"}
+
+
+@pytest.mark.parametrize("method", [jp.lora(4), jp.qalora(2, group=32)], ids=lambda m: m.name)
+def test_merging_gives_what_it_gives_of_weights_on_the_device(method):
+    mixed = jp.quantize(PARAMS, jp.rules(("head/kernel", jp.quant.int4(32))))
+    some = jp.rules(("head/kernel", method))
+    for params, tuning in ((mixed, method), (jp.quantize(PARAMS, jp.quant.int4(32)), some)):
+        tuned = jp.transform(model, tuning)
+        adapter = tuned.init(jax.random.key(3), params, X)
+        adapter = jax.tree.map(lambda a: a + 0.1, adapter)
+        expected, _ = jp.quant.merge(tuned, adapter, params)
+        found, _ = jp.quant.merge(tuned, adapter, jp.offload(params))
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        assert kinds(found) == {"device"}
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-6, 1e-6), found, expected)
 
 
 def test_large_packed_weights_are_moved_whole(monkeypatch):

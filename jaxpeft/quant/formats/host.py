@@ -68,6 +68,19 @@ class Worded(Format):
         return self.inner.decode(from_words(packed))
 
 
+def on_device(fmt: Format) -> Format | None:
+    """The format that a weight has on the device, and None where it is dense there.
+
+    Example:
+        >>> from jaxpeft.quant.formats import nf4
+        >>> on_device(Worded(nf4())), on_device(Plain())
+        (NF4(block=64, double=True), None)
+    """
+    if isinstance(fmt, Plain):
+        return None
+    return fmt.inner if isinstance(fmt, Worded) else fmt
+
+
 def to_words(packed: Mapping[str, Any]) -> Packed:
     """Arrays of bytes as uint32, named `name.dtype.axis`; others, and too short ones, as they are.
 
