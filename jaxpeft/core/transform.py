@@ -241,9 +241,12 @@ class Tuned:
         return tree.unflatten([tuned(path, leaf) for path, leaf in pairs])
 
     def _shift(self, needs: Needs) -> dict[str, int]:
-        """The offset of positions that a prefix beside the sequence asks for."""
-        shifts = {v.length for v in needs.virtual if v.shift and v.beside(self.beside)}
-        return {"position_offset": max(shifts)} if shifts else {}
+        """The offsets of positions that a prefix beside the sequence asks for."""
+        moved = [v for v in needs.virtual if v.shift and v.beside(self.beside)]
+        offset = max((v.length for v in moved), default=0)
+        queries = any(v.shift == "queries" for v in moved)
+        names = ["position_offset"] * bool(moved) + ["query_offset"] * queries
+        return dict.fromkeys(names, offset)
 
     def _lengthened(
         self, chosen: dict[str, Method], adapter: Adapter, mode: str, own: Any, kwargs: Any

@@ -39,7 +39,8 @@ class Virtual(NamedTuple):
         place: "front" of the sequence; "back", behind it; "beside" it, which leaves the sequence as
             it is: only the keys and values of attentions are longer, in models that provide for
             it; "" for "beside" in those models, and "front" in others.
-        shift: whether tokens move on by as many positions where virtual tokens are "beside" them.
+        shift: whether tokens move on by as many positions where virtual tokens are "beside" them;
+            "queries" where a model counts the positions of queries apart, and these move on too.
     """
 
     length: int
@@ -48,7 +49,7 @@ class Virtual(NamedTuple):
     names: tuple[tuple[str, str], ...] = ()
     both: bool = False
     place: str = ""
-    shift: bool = False
+    shift: bool | str = False
 
     def beside(self, provided: bool) -> bool:
         """Whether the sequence stays as it is, in a model that provides for it or not."""

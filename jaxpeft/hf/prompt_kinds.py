@@ -21,6 +21,7 @@ from jaxpeft.methods.prefix import flat_prefix, prefix_tuning
 from jaxpeft.methods.prompt import prompt_tuning
 
 ROOT = "prompt_embeddings"
+DECODER = "decoder/block/layer/0/SelfAttention:"
 Tensors = dict[str, np.ndarray]
 
 
@@ -87,12 +88,17 @@ def _computed(stage: Stage) -> Any:
 
 
 def _prefix(config: Mapping[str, Any], beside: bool) -> Method:
-    if (config.get("num_transformer_submodules") or 1) > 1:
-        raise ValueError(
-            "a prefix of an encoder-decoder: PEFT hands one prefix to self- and cross-attention of "
-            "the decoder as past keys, which no call of the model here has. Use AdapterHub's file."
-        )
-    return prefix_tuning(config["num_virtual_tokens"], shift=beside)
+    if (config.get("num_transformer_submodules") or 1) == 1:
+        return prefix_tuning(config["num_virtual_tokens"], shift=beside)
+    # Of an encoder and a decoder, PEFT gives past keys to the decoder's self-attentions alone.
+    method = prefix_tuning(config["num_virtual_tokens"], shift="queries")
+    return method._replace(bare=lambda site: method.bare(site) and DECODER in site.path)
+
+
+def _used(layers: int, stored: int) -> list[int]:
+    """Which layer's rows of a file each layer of a decoder behind an encoder gets: PEFT cuts them
+    two to a layer, and goes on from the start where they end."""
+    return [(2 * i) % stored for i in range(layers)]
 
 
 def _by_layer(sites: Sequence[Site]) -> list[tuple[Site, Site]]:
@@ -107,8 +113,11 @@ def _read_prefix(
     pairs, tokens = _by_layer(sites), config["num_virtual_tokens"]
     depth = sum(int(np.prod(key.sizes("stack"))) for key, _ in pairs)
     heads = pairs[0][0].shape[-2:]
-    rows = take(tensors, ROOT, (tokens, depth * 2 * heads[0] * heads[1]))
-    rows = rows.reshape(tokens, depth, 2, *heads).transpose(1, 2, 0, 3, 4)
+    behind = (config.get("num_transformer_submodules") or 1) > 1
+    stored = config["num_layers"] if behind else depth
+    rows = take(tensors, ROOT, (tokens, stored * 2 * heads[0] * heads[1]))
+    rows = rows.reshape(tokens, stored, 2, *heads).transpose(1, 2, 0, 3, 4)
+    rows = rows[_used(depth, stored)] if behind else rows
     leaves: dict[str, Leaves] = {}
     start = 0
     for pair in pairs:
@@ -130,14 +139,30 @@ def _write_prefix(found: Sequence[tuple[Site, Stage]]) -> tuple[Tensors, dict[st
         parts.append(np.stack([value.reshape(-1, *shape) for value in both], axis=1))
     rows = np.concatenate(parts)  # (layers, 2, tokens, heads, width)
     tokens, heads, width = rows.shape[-3:]
+    behind = [DECODER in site.path for site, _ in found]
+    if all(behind) and any(stage.options["shift"] != "queries" for _, stage in found):
+        raise PeftFormatError('in a decoder behind an encoder, PEFT has shift="queries".')
+    if all(behind):
+        rows = _shared_out(rows)
+    elif any(behind):
+        raise PeftFormatError("PEFT's prefixes of a T5 are in its decoder's self-attentions alone.")
     return {ROOT: rows.transpose(2, 0, 1, 3, 4).reshape(tokens, -1)}, {
         "num_virtual_tokens": tokens,
         "token_dim": heads * width,
         "num_attention_heads": heads,
         "num_layers": len(rows),
+        "num_transformer_submodules": 2 if all(behind) else 1,
         "encoder_hidden_size": heads * width,
         "prefix_projection": False,
     }
+
+
+def _shared_out(rows: np.ndarray) -> np.ndarray:
+    """The rows of a file from which each layer of a decoder gets its own: of an odd number none is
+    shared."""
+    stored = np.zeros((len(rows) | 1, *rows.shape[1:]), rows.dtype)
+    stored[_used(len(rows), len(stored))] = rows
+    return stored
 
 
 def _multitask(config: Mapping[str, Any], beside: bool) -> Method:

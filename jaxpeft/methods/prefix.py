@@ -26,7 +26,7 @@ def prefix_tuning(
     hidden: int | None = None,
     width: int | None = None,
     place: str = "",
-    shift: bool = False,
+    shift: bool | str = False,
     gate: bool = False,
     names: Mapping[str, str] | None = None,
     dtype: Any = jnp.float32,
@@ -55,7 +55,7 @@ def prefix_tuning(
             default there. By default "front" elsewhere.
         shift: where the prefix is "beside" the sequence, move tokens on by its length in positions
             all the same, as in `peft`'s files for encoders; in a T5, the tokens' keys alone, as in
-            AdapterHub's.
+            AdapterHub's, or with "queries" those of its decoder too, as in `peft`'s.
         gate: scale the prefix by `mean(sigmoid(h . g + b))` over the positions of what the
             attention is given, as in UniPELT: leaves `gate` (stack..., width) and `gate_bias`
             (stack...) more.
@@ -84,6 +84,8 @@ def prefix_tuning(
 
     if place not in ("", "front", "back", "beside"):
         raise ValueError(f'place={place!r} is none of "front", "back" and "beside".')
+    if shift not in (False, True, "queries"):
+        raise ValueError(f'shift={shift!r} is none of False, True and "queries".')
     where = slice(-tokens, None) if place == "back" else slice(0, tokens)
 
     def start(key: Array, site: Site, weight: Any) -> Leaves:

@@ -211,6 +211,7 @@ class T5(Model):
         cache: Cache | None = None,
         encoded: Array | None = None,
         position_offset: int = 0,
+        query_offset: int = 0,
     ) -> Array | tuple[Array, Cache]:
         """Next-token logits of the decoder.
 
@@ -226,6 +227,7 @@ class T5(Model):
             position_offset: length of a prefix that takes the first positions among the keys of
                 self-attentions. The other keys move on, but queries do not: so AdapterHub's library
                 counts. At 0 a prefix has no position, and its bias is 0.
+            query_offset: by how much the decoder's queries move on, as behind past keys.
 
         Returns:
             `float32[B, T, V]`; with a cache, `(logits, cache)`. Logits at padding are meaningless.
@@ -235,7 +237,7 @@ class T5(Model):
         if cache is None:
             encoded, mask = self._reading(tokens, mask, encoded, position_offset)
             visible = _causal(slots, slots, decoder_mask)
-            bias = self.decoder.bias(slots, position_offset + len(slots))
+            bias = self.decoder.bias(query_offset + slots, position_offset + len(slots))
             return self._logits(self._decode(y, bias, visible, encoded, mask))
         if "cross_mask" not in cache:
             encoded, mask = self._reading(tokens, mask, encoded, position_offset)
@@ -247,7 +249,7 @@ class T5(Model):
         }
         queries, keys = start + slots, cache["mask"].shape[1]
         visible = _causal(queries, jnp.arange(keys), cache["mask"])
-        bias = self.decoder.bias(queries, position_offset + keys)
+        bias = self.decoder.bias(query_offset + queries, position_offset + keys)
         y, cache = self._decode_cached(y, bias, visible, encoded, cache, start)
         return self._logits(y), cache
 
