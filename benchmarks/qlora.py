@@ -21,7 +21,7 @@ from typing import Any
 
 import train_step
 from common import Worker, alternate, serve, write
-from train_step import RANK, jax_parts, loss_of
+from train_step import RANK, adapter_step, jax_parts
 
 SHAPES = {
     **train_step.SHAPES,
@@ -37,9 +37,6 @@ MATRICES = 8
 
 def ours(shape: dict[str, Any], compute: str | None) -> None:
     """Our step over packed weights, or dense ones where `compute` is None."""
-    import jax
-    import optax
-
     import jaxpeft as jp
 
     model, params, tokens = jax_parts(shape)
@@ -49,24 +46,7 @@ def ours(shape: dict[str, Any], compute: str | None) -> None:
         params = jp.quantize(
             params, jp.rules(("layers/**/kernel", jp.quant.nf4())), sites=sites, compute=compute
         )
-    adapter = tuned.init(jax.random.key(1), params, tokens)
-    optimizer = optax.adamw(1e-4)
-
-    def step(adapter: Any, state: Any, params: Any, tokens: Any) -> Any:
-        def loss(adapter: Any) -> Any:
-            return loss_of(tuned.apply(adapter, params, tokens), tokens)
-
-        value, gradient = jax.value_and_grad(loss)(adapter)
-        updates, state = optimizer.update(gradient, state, adapter)
-        return optax.apply_updates(adapter, updates), state, value
-
-    state = [adapter, optimizer.init(adapter)]
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*state, params, tokens).compile()
-
-    def once() -> None:
-        state[0], state[1], value = compiled(state[0], state[1], params, tokens)
-        value.block_until_ready()
-
+    compiled, once, _ = adapter_step(tuned, params, tokens)
     found = compiled.memory_analysis()
     size = found.argument_size_in_bytes + found.temp_size_in_bytes
     serve(once, lambda: {"device": _device(), "step_mib": round(size / 2**20)})

@@ -64,14 +64,11 @@ def loss_of(logits: Any, tokens: Any) -> Any:
     return (jax.nn.logsumexp(logits[:, :-1].astype(jnp.float32), -1) - picked).mean()
 
 
-def jaxpeft_worker(shape: dict[str, Any]) -> None:
+def adapter_step(tuned: Any, params: Any, tokens: Any) -> Any:
+    """The compiled step of AdamW, a function that makes one, and the adapter at its start."""
     import jax
     import optax
 
-    import jaxpeft as jp
-
-    model, params, tokens = jax_parts(shape)
-    tuned = jp.transform(model, jp.lora(RANK), strict=True)
     adapter = tuned.init(jax.random.key(1), params, tokens)
     optimizer = optax.adamw(1e-4)
 
@@ -90,6 +87,15 @@ def jaxpeft_worker(shape: dict[str, Any]) -> None:
         state[0], state[1], value = compiled(state[0], state[1], params, tokens)
         value.block_until_ready()
 
+    return compiled, once, adapter
+
+
+def jaxpeft_worker(shape: dict[str, Any]) -> None:
+    import jaxpeft as jp
+
+    model, params, tokens = jax_parts(shape)
+    tuned = jp.transform(model, jp.lora(RANK), strict=True)
+    compiled, once, adapter = adapter_step(tuned, params, tokens)
     serve(once, lambda: _jax_report(compiled, adapter))
 
 

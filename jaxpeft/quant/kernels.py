@@ -26,6 +26,7 @@ from jaxpeft.quant.planes import (
     padded,
     planes,
     rows_for,
+    transposed,
     unpacked,
 )
 
@@ -159,18 +160,10 @@ def _multiply_transposed(*refs: Any, weight: Planes, tile: Tiles) -> None:
     (dy, codes, *scales), outs = refs[: -weight.halves], refs[-weight.halves :]
     value = functools.partial(_value, weight)
 
-    def step(j: Any, totals: Any) -> Any:
-        at = pl.ds(j * tile.columns, tile.columns)
-        parts = unpacked(codes[:, at], [s[0, :, at] for s in scales], weight, value)
-        return [
-            total + dot(dy[:, at], part.astype(dy.dtype).T)
-            for total, part in zip(totals, parts, strict=True)
-        ]
+    def scales_at(at: Any) -> list[Array]:
+        return [s[0, :, at] for s in scales]
 
-    start = [jnp.zeros(out.shape, jnp.float32) for out in outs]
-    totals = lax.fori_loop(0, codes.shape[1] // tile.columns, step, start)
-    for out, total in zip(outs, totals, strict=True):
-        out[...] = total.astype(out.dtype)
+    transposed(dy, codes, scales_at, outs, weight, value, tile.columns)
 
 
 def _value(weight: Planes, codes: Array) -> Array:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxpeft.quant.planes import Planes, columns, dot, padded, rows_for, unpacked
+from jaxpeft.quant.planes import Planes, columns, dot, padded, rows_for, transposed, unpacked
 
 Array = jax.Array
 
@@ -156,18 +156,10 @@ def multiply_transposed(
 def _multiply_transposed(*refs: Any, weight: Planes, tile: Tiles) -> None:
     (dy,), codes, scales, value, outs = _named(refs, weight, 1)
 
-    def step(j: Any, totals: Any) -> Any:
-        at = pl.ds(j * tile.columns, tile.columns)
-        parts = unpacked(codes[:, at], [s[:, at] for s in scales], weight, value)
-        return [
-            total + dot(dy[:, at], part.astype(dy.dtype).T)
-            for total, part in zip(totals, parts, strict=True)
-        ]
+    def scales_at(at: Any) -> list[Array]:
+        return [s[:, at] for s in scales]
 
-    start = [jnp.zeros(out.shape, jnp.float32) for out in outs]
-    totals = lax.fori_loop(0, codes.shape[1] // tile.columns, step, start)
-    for out, total in zip(outs, totals, strict=True):
-        out[...] = total.astype(out.dtype)
+    transposed(dy, codes, scales_at, outs, weight, value, tile.columns)
 
 
 def _call(

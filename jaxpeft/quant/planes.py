@@ -116,3 +116,31 @@ def padded(x: Array, rows: int) -> Array:
 def rows_for(m: int, most: int) -> int:
     """Rows of a tile for `m` rows: a power of two, which products of tiles take from 16 on."""
     return min(most, max(16, pl.next_power_of_2(m)))
+
+
+def transposed(
+    dy: Any,
+    codes: Any,
+    scales_at: Callable[[Any], Sequence[Array]],
+    outs: Sequence[Any],
+    weight: Planes,
+    value: Any,
+    width: int,
+) -> None:
+    """What a kernel writes into `outs` for rows of `dy` and of codes: tiles of `width`, added up.
+
+    `scales_at(columns)` are the scales there; the others are refs, and `value` as for `unpacked`.
+    """
+
+    def step(j: Any, totals: Any) -> Any:
+        at = pl.ds(j * width, width)
+        parts = unpacked(codes[:, at], scales_at(at), weight, value)
+        return [
+            total + dot(dy[:, at], part.astype(dy.dtype).T)
+            for total, part in zip(totals, parts, strict=True)
+        ]
+
+    start = [jnp.zeros(out.shape, jnp.float32) for out in outs]
+    totals = lax.fori_loop(0, codes.shape[1] // width, step, start)
+    for out, total in zip(outs, totals, strict=True):
+        out[...] = total.astype(out.dtype)
