@@ -24,7 +24,7 @@ from jaxpeft.core.memory import to_device
 from jaxpeft.core.sharding import automatic, fitting, placed_as, spread
 from jaxpeft.core.structured import Contraction, Structured, node, static
 from jaxpeft.quant.formats import Format, check
-from jaxpeft.quant.formats.base import _decode
+from jaxpeft.quant.formats.base import decoded
 
 Array = jax.Array
 Labels = tuple[int, ...]
@@ -92,7 +92,7 @@ class QuantizedWeight(Structured):
         return _viewed(self.tail, automatic(dense, self._sharding(packed), packed))
 
     def _dense(self, dtype: Any, packed: dict[str, Array]) -> Array:
-        matrix = _decode(packed, self.format, dtype)
+        matrix = decoded(packed, self.format, dtype)
         labels = [label for group in self.groups for label in group]
         size = self.layout.size
         wanted = [label for axis in self.layout.axes for label in axis]

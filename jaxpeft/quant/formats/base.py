@@ -124,7 +124,7 @@ def dequantize(
     """
     check_layout(packed, fmt, shape)
     sharding = spread(max(packed.values(), key=lambda array: array.size), shape)
-    return automatic(lambda arrays: _decode(arrays, fmt, dtype), sharding, dict(packed))
+    return automatic(lambda arrays: decoded(arrays, fmt, dtype), sharding, dict(packed))
 
 
 def error(weight: Array, packed: Mapping[str, Any], fmt: Format) -> Error:
@@ -159,7 +159,8 @@ def _encode(weight: Array, key: Array | None, fmt: Format) -> Packed:
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "dtype"))
-def _decode(packed: Packed, fmt: Format, dtype: DTypeLike) -> Array:
+def decoded(packed: Packed, fmt: Format, dtype: DTypeLike) -> Array:
+    """`dequantize` without its checks."""
     return fmt.decode(packed).astype(dtype)
 
 
