@@ -1,6 +1,7 @@
 """The architecture of a decoder, read from and written to a Hugging Face `config.json`."""
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,6 +97,9 @@ def from_hf(values: Mapping[str, Any]) -> DecoderConfig:
     if missing:
         raise ValueError(f"config.json of a {model_type!r} model lacks {', '.join(missing)}.")
     sizes = {name: values[name] for name in _REQUIRED}
+    for name, size in sizes.items():
+        if not isinstance(size, numbers.Integral) or size < 1:
+            raise ValueError(f"{name}={size!r} of a {model_type!r} model is no positive integer.")
     heads = values["num_attention_heads"]
     key_value_heads = 8 if model_type == "mistral" else heads
     llama_bias = model_type == "llama" and bool(values.get("attention_bias"))

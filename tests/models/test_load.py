@@ -51,6 +51,8 @@ def edit_tensors(directory, change):
         (dict(rope_scaling=dict(rope_type="linear")), "needs factor"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
         (dict(num_attention_heads=3, num_key_value_heads=2), "num_key_value_heads=2"),
+        (dict(num_attention_heads=0), "num_attention_heads=0 of a 'llama' model is no positive"),
+        (dict(hidden_size="32"), "hidden_size='32' of a 'llama' model is no positive"),
         (
             dict(model_type="qwen2", use_sliding_window=True, max_window_layers=1),
             "max_window_layers=1 of 2",
