@@ -80,14 +80,16 @@ def open_gguf(path: str | Path) -> Checkpoint:
     shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in by_name.items()}
     permuted = fields(reader)["general.architecture"] == "llama"
 
+    quantized = {name for name, tensor in by_name.items() if tensor.tensor_type not in _FLOATS}
+
     def read(name: str) -> np.ndarray:
-        return read_tensor(by_name[name], name, config, permuted)
+        unpack = lambda: read_tensor(by_name[name], name, config, permuted)  # noqa: E731
+        return blamed(name, str(path), unpack) if name in quantized else unpack()
 
     def packed(name: str) -> Packed:
         pack = lambda: read_packed(by_name[name], name, config, permuted)  # noqa: E731
         return Packed(shapes[name], lambda: blamed(name, str(path), pack))
 
-    quantized = [name for name, tensor in by_name.items() if tensor.tensor_type not in _FLOATS]
     return Checkpoint(config, shapes, read, str(path), {name: packed(name) for name in quantized})
 
 
@@ -115,6 +117,10 @@ def read_tensor(
 ) -> np.ndarray:
     """Dequantize a tensor, and undo llama.cpp's reordering of queries and keys."""
     values = dequantize(tensor.data, tensor.tensor_type)
+    if tensor.tensor_type not in _FLOATS and not np.isfinite(values).all():
+        raise ValueError(
+            "it has values that are not finite. The file is damaged: download it again."
+        )
     heads = paired_heads(name, config) if permuted else None
     return values if heads is None else unpermute(values, heads)
 

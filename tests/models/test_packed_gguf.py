@@ -136,5 +136,7 @@ def test_scales_that_are_no_numbers_are_named(tmp_path):
         return data, kind
 
     write_gguf(tmp_path / "m.gguf", tiny(), quantize=damaged)
-    with pytest.raises(ValueError, match="layers.1.self_attn.k_proj.weight' in .*m.gguf.*finite"):
-        load(tmp_path, quantize="keep")
+    for how in ("keep", None):
+        where = "layers.1.self_attn.k_proj.weight' in .*m.gguf.*finite"
+        with pytest.raises(ValueError, match=where):
+            load(tmp_path, quantize=how)
