@@ -36,6 +36,7 @@ def mirror(
 
     Raises:
         TypeError: if the model is no decoder.
+        ValueError: if a number is no positive int.
 
     Example:
         >>> method = jp.shadow(8, backbone=jp.models.mirror(model))  # doctest: +SKIP
@@ -45,6 +46,10 @@ def mirror(
             f"{type(model).__name__} is no decoder of jaxpeft.models. Use jaxpeft.shadow(rank, "
             "blocks=1), whose network works on each token by itself."
         )
+    for name, value in (("layers", layers), ("intermediate", intermediate), ("heads", heads)):
+        absent = value is None and name != "layers"
+        if not absent and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value!r} is out of range. Use a positive int.")
     changes = {
         "vocab_size": 1,
         "num_hidden_layers": layers,

@@ -188,6 +188,9 @@ def test_what_a_file_cannot_hold_or_ask_for_is_refused(oracle, tmp_path):  # noq
             jp.hf.load_adapter(tmp_path, model)
     with pytest.raises(TypeError, match="is no decoder"):
         jp.models.mirror(torch)
+    for wrong in (dict(layers=0), dict(heads=-1), dict(intermediate="8")):
+        with pytest.raises(ValueError, match=f"{min(wrong)}=.* is out of range"):
+            jp.models.mirror(decoder()[0], **wrong)
 
 
 def test_with_a_cache_it_generates_the_same_tokens():
