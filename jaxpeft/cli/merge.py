@@ -81,6 +81,8 @@ def merge(
     if summed.errors:
         console.print("Packing the sums again moves each weight by this much.")
         console.print(_table(summed.errors))
+        if lost := _lost(summed.errors):
+            console.print(lost, style="yellow", soft_wrap=True)
     if plain := [path for path in leaves if path not in summed.errors]:
         rounding = _rounding(params, summed.params, written, plain)
         console.print(
@@ -102,10 +104,23 @@ def _table(errors: Mapping[str, Any]) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table("weight", "rms", "largest, relative", box=SIMPLE_HEAD, padding=(0, 1))
+    titles = ("weight", "rms", "largest, relative", "update, rms")
+    table = Table(*titles, box=SIMPLE_HEAD, padding=(0, 1))
     for path, error in errors.items():
-        table.add_row(path, f"{error.rms:.2g}", f"{error.max_relative:.2g}")
+        numbers = (error.rms, error.max_relative, error.update)
+        table.add_row(path, *(f"{number:.2g}" for number in numbers))
     return table
+
+
+def _lost(errors: Mapping[str, Any]) -> str:
+    """A warning where rounding takes away most of what the adapter adds; else nothing."""
+    lost = sum(float(error.rms) > 0.5 * float(error.update) > 0 for error in errors.values())
+    if not lost:
+        return ""
+    return (
+        f"In {lost} of {len(errors)} weights the rounding is half as large as the update or more: "
+        "much of the adapter's work is lost. Use --dense, a finer format, or the adapter apart."
+    )
 
 
 def check_output(output: Path, model: Path, force: bool) -> None:

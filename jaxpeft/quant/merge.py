@@ -23,6 +23,21 @@ from jaxpeft.quant.quantize import Axes, axes_of, canonical, choose, key_at, who
 from jaxpeft.quant.weight import QuantizedWeight, wrap
 
 
+class Moved(NamedTuple):
+    """How far a weight that was packed is from the exact merged one, in the units of the weight.
+
+    Attributes:
+        rms: root mean square of the difference.
+        max_relative: its largest entry, relative to the largest of the weight.
+        update: root mean square of what the adapter adds. Where `rms` is near it, the rounding
+            takes most of the adapter's work away: choose a finer format, or keep the adapter apart.
+    """
+
+    rms: jax.Array
+    max_relative: jax.Array
+    update: jax.Array
+
+
 class Merged(NamedTuple):
     """What `merge` returns.
 
@@ -32,7 +47,7 @@ class Merged(NamedTuple):
     """
 
     params: Any
-    errors: dict[str, Error]
+    errors: dict[str, Moved]
 
 
 def merge(
@@ -62,8 +77,9 @@ def merge(
         key: a PRNG key for stochastic rounding, where formats have it.
 
     Returns:
-        `Merged(params, errors)`. An error is `(rms, max_relative)` of the packed weight against the
-        exact merged one; of a stack the latter is the largest of its layers.
+        `Merged(params, errors)`. An error is `Moved(rms, max_relative, update)`, the first two of
+        the packed weight against the exact merged one; of a stack the second is the largest of its
+        layers.
 
     Raises:
         ValueError: as `tuned.merge` and `jaxpeft.quantize`.
@@ -80,7 +96,7 @@ def merge(
     by_path = {site.path: site for site in sites or ()}
     pairs, _ = leaves_with_paths(params, is_leaf=lambda x: isinstance(x, Structured))
     wanted, bases = formats_wanted(rules, pairs, by_path), dict(pairs)
-    errors: dict[str, Error] = {}
+    errors: dict[str, Moved] = {}
 
     def store(path: str, weight: Any) -> Any:
         base = bases[path]
@@ -89,15 +105,21 @@ def merge(
         if weight is base and isinstance(base, QuantizedWeight):
             if on_device(base.format) == wanted[path]:
                 return fetched(base)
+        axes = (
+            base.axes
+            if isinstance(base, QuantizedWeight)
+            else axes_of(base.shape, by_path.get(path))
+        )
+        update = _update(weight, base, axes)
         moved = absorb(weight, base)
         if moved is not None and (rules is None or wanted[path] == moved.format):
-            errors[path] = _error_of(weight, moved)
+            errors[path] = Moved(*_error_of(weight, moved), update)
             return moved
-        axes = axes_of(base.shape, by_path.get(path))
         try:
-            stored, errors[path] = repack(weight, base, wanted[path], axes, key_at(key, path))
-        except ValueError as error:
-            raise ValueError(f"{path!r} of shape {weight.shape}: {error}") from error
+            stored, error = repack(weight, base, wanted[path], axes, key_at(key, path))
+        except ValueError as problem:
+            raise ValueError(f"{path!r} of shape {weight.shape}: {problem}") from problem
+        errors[path] = Moved(*error, update)
         return stored
 
     return Merged(tuned.merge(adapter, params, store=store), errors)
@@ -154,6 +176,18 @@ def _error_of(weight: Any, stored: QuantizedWeight) -> Error:
         return None, formats.error(matrix, packed, stored.format)
 
     return _each(of_layer, weight, stored.axes, stored.packed)[1]
+
+
+def _update(weight: Any, base: Any, axes: Axes) -> jax.Array:
+    """Root mean square of what the adapter adds to a weight."""
+    if isinstance(base, QuantizedWeight):
+        return _error_of(weight, fetched(base)).rms
+
+    def of_layer(matrix: jax.Array, before: jax.Array) -> tuple[None, Error]:
+        off = matrix - before.astype(jnp.float32)
+        return None, Error(jnp.sqrt(jnp.mean(off**2)), jnp.max(jnp.abs(off)))
+
+    return _each(of_layer, weight, axes, canonical(jnp.asarray(base), axes))[1].rms
 
 
 def _each(

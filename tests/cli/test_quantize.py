@@ -90,13 +90,17 @@ def test_merged_weights_are_packed_again(jaxpeft, qlora, packed, tmp_path):
     model, base = models.load(packed)
     tuned, adapter = hf.load_adapter(qlora, model, params=base)
     _, stored = models.load(tmp_path)
-    rows = [row for row in map(str.split, result.raw.splitlines()) if len(row) == 3]
-    said = {path: float(rms) for path, rms, _ in rows if path in adapter}
+    rows = [row for row in map(str.split, result.raw.splitlines()) if len(row) == 4]
+    said = {path: (float(rms), float(added)) for path, rms, _, added in rows if path in adapter}
     sums, written = (dict(leaves_with_paths(t)[0]) for t in (tuned.merge(adapter, base), stored))
     assert said.keys() == adapter.keys()
-    for path, rms in said.items():
-        off = np.asarray(written[path], np.float64) - np.asarray(sums[path], np.float64)
-        assert rms == pytest.approx(np.sqrt((off**2).mean()), rel=0.06)
+    before = dict(leaves_with_paths(base)[0])
+    for path, (rms, added) in said.items():
+        for number, other in ((rms, written), (added, before)):
+            off = np.asarray(other[path], np.float64) - np.asarray(sums[path], np.float64)
+            assert number == pytest.approx(np.sqrt((off**2).mean()), rel=0.06)
+    lost = sum(rms > 0.5 * added for rms, added in said.values())
+    assert (f"In {lost} of {len(said)} weights" in result.out) == (lost > 0)
 
 
 def test_text_from_packed_weights(jaxpeft, packed, tiny_model):

@@ -57,6 +57,8 @@ def test_errors_are_those_of_the_stored_weights_against_the_exact_sum(fmt, made)
         np.testing.assert_allclose(errors[name].rms, np.sqrt((off**2).mean()), rtol=1e-4)
         worst = (off.max((-1, -2)) / np.abs(wanted).max((-1, -2))).max()
         np.testing.assert_allclose(errors[name].max_relative, worst, rtol=1e-4)
+        added = wanted - np.asarray(packed[name].materialize(), np.float64)
+        np.testing.assert_allclose(errors[name].update, np.sqrt((added**2).mean()), rtol=1e-4)
         # At most half a step between neighbours: nf4's are up to 0.304 of a block's largest apart.
         assert off.max() <= np.abs(wanted).max() * (0.304 / 2 + 0.01)
     np.testing.assert_allclose(merged["plain"], exact(adapter, packed, "plain"), atol=1e-6)
