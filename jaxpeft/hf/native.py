@@ -200,6 +200,16 @@ def _from_options(name: str, options: Mapping[str, Any]) -> Method | None:
         method = _attempt(factory, name, options)
         if method and describe(method) == {"name": name, "options": options}:
             return method
+    return _of_older(name, options)
+
+
+def _of_older(name: str, options: Mapping[str, Any]) -> Method | None:
+    """A method from a file that was written before some of its options were there."""
+    for factory in factories():
+        method = _attempt(factory, name, options, short=True) if factory.__name__ == name else None
+        now = method and describe(method)
+        if now and now["name"] == name and now["options"] == now["options"] | options:
+            return method
     return None
 
 
@@ -224,9 +234,16 @@ def _in_layers(name: str, options: Mapping[str, Any]) -> Method | None:
         return None
 
 
-def _attempt(factory: Callable[..., Any], name: str, options: Mapping[str, Any]) -> Method | None:
+def _attempt(
+    factory: Callable[..., Any], name: str, options: Mapping[str, Any], *, short: bool = False
+) -> Method | None:
+    """What a factory makes of options; if they may be `short`, others have their defaults."""
     parameters = inspect.signature(factory).parameters
     wanted = parameters.keys() - _START
+    if short:
+        wanted = {
+            n for n in wanted if n in options or parameters[n].default is inspect.Parameter.empty
+        }
     if not wanted <= options.keys():
         return None
     given = {at: options[at] for at in wanted}

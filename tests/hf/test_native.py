@@ -52,6 +52,27 @@ def test_dropout_is_loaded(path):
     assert not np.array_equal(expected, tuned.apply(adapter, params, x))
 
 
+@pytest.mark.parametrize("tuning", [jp.lora(2), jp.chain(jp.lora(2), jp.lora(3))])
+def test_a_file_from_before_an_option_has_its_default(path, tuning):
+    x, params = jnp.ones((2, 4)), {"w": jnp.ones((4, 3))}
+    tuned = jp.transform(function, tuning)
+    adapter = random_adapter(tuned.init(jax.random.key(0), params, x))
+    save(path, adapter, tuned)
+
+    def forget(notes):
+        options = notes["methods"]["w"]["options"]
+        for one in [options, *(o for o in options.values() if isinstance(o, dict))]:
+            one.pop("dropout", None)
+
+    rewrite(path, edit_notes=forget)
+    again, back = load(path, function)
+    expected = tuned.apply(adapter, params, x)
+    np.testing.assert_array_equal(again.apply(back, params, x), expected)
+    rewrite(path, edit_notes=lambda notes: notes["methods"]["w"]["options"].update(unknown=1))
+    with pytest.raises(ValueError, match="cannot be made from a file"):
+        load(path, function)
+
+
 def _dtypes(adapter):
     return [leaf.dtype for leaf in jax.tree.leaves(adapter)]
 
