@@ -20,6 +20,7 @@ from jaxpeft.quant.formats import (
     to_gptq,
     to_llm_int8,
 )
+from jaxpeft.quant.formats.host import Plain, Worded
 
 Arrays = dict[str, np.ndarray]
 METHODS = {
@@ -100,6 +101,11 @@ def layer_of(weight: QuantizedWeight, name: Name, layer: int) -> Quantized:
 
 def _method(formats: set[Format], method: str | None) -> str:
     kinds = sorted({fmt.name for fmt in formats})
+    if {Plain.name, Worded.name} & set(kinds):
+        raise ValueError(
+            "params lie in host memory, where jaxpeft.offload has put them. Save the params that "
+            "it was given."
+        )
     if GGUF.name in kinds:
         raise ValueError(
             "GGUF blocks go into a .gguf file alone: save('model.gguf', model, params, "

@@ -146,3 +146,10 @@ def test_what_a_directory_cannot_hold(tmp_path, rules, options, message):
     with pytest.raises(ValueError, match=message):
         save(tmp_path / "saved", model, params, **options)
     assert not (tmp_path / "saved").exists()
+
+
+def test_weights_in_host_memory_are_not_saved_from_there(tmp_path):
+    wide_model(hidden_size=128).save_pretrained(tmp_path / "dense")
+    model, params = load(tmp_path / "dense")
+    with pytest.raises(ValueError, match="host memory, where jaxpeft.offload has put them"):
+        save(tmp_path / "saved", model, jp.offload(params))
