@@ -102,7 +102,6 @@ def _prompt(prompt: str | None) -> str:
 def _speaker(path: Path, adapter: Path | None, dtype: str, packing: Any) -> Speaker:
     import jax.numpy as jnp
 
-    import jaxpeft as jp
     from jaxpeft import models
 
     tokenizer = common.load_tokenizer(path)
@@ -112,7 +111,7 @@ def _speaker(path: Path, adapter: Path | None, dtype: str, packing: Any) -> Spea
     last = {*model.config.eos_token_id, *filter(None, [tokenizer.eos_token_id])}
     ends = tuple(sorted(last))
     if adapter is None:
-        return Speaker(model, jp.lift(model.apply), (params,), tokenizer, ends, 0)
+        return Speaker(model, model.apply, (params,), tokenizer, ends, 0)
     tuned, leaves = load_adapter(adapter, model, params)
     front = tuned.virtual_tokens
     return Speaker(model, tuned.apply, (leaves, params), tokenizer, ends, front)

@@ -1,11 +1,24 @@
 """What every model here can do."""
 
+import dataclasses
 from typing import Any, ClassVar
 
 import jax
 from flax import nnx
 
+from jaxpeft.core.lift import lift
+from jaxpeft.core.structured import Structured
 from jaxpeft.models.names import Name
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A model's call; two of the same model are equal, so that their program is compiled once."""
+
+    graphdef: Any
+
+    def __call__(self, params: nnx.State, *inputs: Any, **kw: Any) -> Any:
+        return nnx.merge(self.graphdef, params)(*inputs, **kw)
 
 
 class Model(nnx.Module):
@@ -39,11 +52,18 @@ class Model(nnx.Module):
         """Call the model with these weights; a pure function of them, ready for `jit` and `grad`.
 
         Args:
-            params: the weights, as `load` or `nnx.split` gives them.
+            params: the weights, as `load` or `nnx.split` gives them, dense or quantized.
             *inputs: as for the call itself.
             **kw: as for the call itself.
 
         Returns:
             What the call returns.
         """
-        return nnx.merge(nnx.graphdef(self), params)(*inputs, **kw)
+        call = _Call(nnx.graphdef(self))
+        leaves = jax.tree.leaves(params, is_leaf=_is_structured)
+        packed = any(map(_is_structured, leaves))
+        return (lift(call) if packed else call)(params, *inputs, **kw)
+
+
+def _is_structured(leaf: Any) -> bool:
+    return isinstance(leaf, Structured)

@@ -109,8 +109,10 @@ def test_numbers_are_regressed(compared, tmp_path):
 def test_a_language_model_takes_the_data_of_finetune(jaxpeft, tiny_model, data, tmp_path):
     output = tmp_path / "out"
     args = ("--methods", "norms:lr=0.05", "probe", "--output", output, *BUDGET)
-    result = jaxpeft("compare", tiny_model, data, "--test-fraction", "0.25", *args)
+    packed = ("--test-fraction", "0.25", "--quantize", "nf4")
+    result = jaxpeft("compare", tiny_model, data, *packed, *args)
     assert result.code == 0, result.err
+    assert "parameters, nf4, " in result.out
     report = train.read_results(output / "results.json")
     norms, probe = report["results"]
     assert report["quality"] == "loss" and not report["higher"]

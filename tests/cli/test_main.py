@@ -30,6 +30,14 @@ def test_the_small_demo_learns(jaxpeft, tmp_path, monkeypatch):
     assert len(read_metrics(output / "metrics.jsonl")) == 60
 
 
+def test_the_demo_runs_over_packed_weights(jaxpeft, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXPEFT_OFFLINE", "1")
+    output, options = tmp_path / "demo", ("--small", "--steps", 1, "--quantize", "int8")
+    result = jaxpeft("demo", *options, "--output", output)
+    assert result.code == 0 and "all frozen, int8, " in result.out, result.err
+    assert len(read_metrics(output / "metrics.jsonl")) == 1
+
+
 def test_the_demo_needs_a_cache_or_a_network(jaxpeft, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXPEFT_OFFLINE", "1")
     result = jaxpeft("demo", "--cache", tmp_path, "--output", tmp_path / "out")

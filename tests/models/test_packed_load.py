@@ -66,6 +66,14 @@ def test_quantizing_while_loading_is_quantizing_afterwards(dense, rules, dtype):
     assert len(formats_in(ours)) == (8 if rules is not MIXED else 4)
 
 
+def test_a_model_is_called_with_packed_weights_as_with_their_dense_ones(dense):
+    model, params = load(dense, quantize=jp.quant.int8())
+    unpacked = made_dense(params)
+    expected = model.apply(unpacked, TOKENS)
+    np.testing.assert_allclose(model.apply(params, TOKENS), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(model.apply)(params, TOKENS), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_no_more_than_a_layer_is_dense_at_a_time(tmp_path, monkeypatch):
     config = jp.models.DecoderConfig(
         model_type="llama", vocab_size=64, hidden_size=512, intermediate_size=1024,
