@@ -134,15 +134,10 @@ def _tied(config: Any) -> str:
 
 def _sites(config: Any) -> list[Any]:
     """How the model uses its parameters, from its shapes alone."""
-    import jax.numpy as jnp
-    from flax import nnx
-
     import jaxpeft as jp
-    from jaxpeft.models import FAMILIES
 
-    build = FAMILIES[config.model_type].build
-    model = nnx.eval_shape(lambda: build(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-    sites = jp.transform(model, jp.lora(1)).sites(nnx.state(model), *model.example())
+    model, params = common.skeleton(config)
+    sites = jp.transform(model, jp.lora(1)).sites(params, *model.example())
     return [site for site in sites if not site.boundary]
 
 

@@ -52,10 +52,7 @@ def shapes(path: Path, dtype: str = "float32") -> tuple[Any, Any]:
         FileNotFoundError: there is no config.json.
         ValueError: the model is not supported.
     """
-    import jax.numpy as jnp
-    from flax import nnx
-
-    from jaxpeft.models.families import FAMILIES, read_config
+    from jaxpeft.models.families import read_config
     from jaxpeft.models.files import read_json
     from jaxpeft.models.gguf import find_gguf
     from jaxpeft.models.load import open_checkpoint
@@ -63,6 +60,16 @@ def shapes(path: Path, dtype: str = "float32") -> tuple[Any, Any]:
     file = path if path.name == "config.json" else path / "config.json"
     gguf = path != file and find_gguf(path)
     config = open_checkpoint(path).config if gguf else read_config(read_json(file))
+    return skeleton(config, dtype)
+
+
+def skeleton(config: Any, dtype: str = "float32") -> tuple[Any, Any]:
+    """`shapes` of a config that has been read."""
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from jaxpeft.models import FAMILIES
+
     build = FAMILIES[config.model_type].build
     model = nnx.eval_shape(lambda: build(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
     return model, nnx.state(model)
