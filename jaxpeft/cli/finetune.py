@@ -11,14 +11,15 @@ from rich.table import Table
 from jaxpeft.cli import models as common
 from jaxpeft.cli.adapters import save_adapter
 from jaxpeft.cli.formats import packed_as, quantization
-from jaxpeft.cli.options import Options, check, write_options
+from jaxpeft.cli.options import Options, check, spec_of, write_options
 from jaxpeft.cli.tunings import peak_rate, policy, tuning
 
-# What has to be the same for a run to continue. The rest may change: where files are, how often
-# to evaluate and save.
+# Options that have to be the same for a run to continue. What is not here nor in `fingerprint` may
+# differ: where files are, how often to evaluate and save, and remat, which changes no more than on
+# some devices the last bits.
 _IDENTITY = (
-    "method", "rank", "alpha", "dropout", "targets", "learning_rate", "schedule", "warmup",
-    "optimizer", "weight_decay", "clip_norm", "accumulate", "seed", "dtype", "quantize",
+    "model", "targets", "schedule", "warmup", "optimizer", "weight_decay", "clip_norm",
+    "accumulate", "seed", "dtype", "quantize",
 )  # fmt: skip
 
 
@@ -131,19 +132,9 @@ def _tuned(model: Any, params: Any, options: Options) -> tuple[Any, Any]:
 
     import jaxpeft as jp
 
-    tuned = jp.transform(model, _tuning(model, options))
+    tuned = jp.transform(model, tuning(spec_of(options), options.targets, model))
     tokens = jax.ShapeDtypeStruct((1, 8), "int32")
     return tuned, tuned.init(jax.random.key(options.seed), params, tokens)
-
-
-def _tuning(model: Any, options: Options) -> Any:
-    import jaxpeft as jp
-
-    if options.method is not None:
-        return tuning(options.method, options.targets, model)
-    alpha = 2 * options.rank if options.alpha is None else options.alpha
-    method = jp.lora(options.rank, alpha, dropout=options.dropout)
-    return method if options.targets is None else jp.rules((options.targets, method))
 
 
 def _train(options: Options, tuned: Any, adapter: Any, params: Any, data: Data, steps: int) -> Any:
@@ -151,7 +142,7 @@ def _train(options: Options, tuned: Any, adapter: Any, params: Any, data: Data, 
 
     from jaxpeft import train
 
-    peak = peak_rate(options.learning_rate, options.method)
+    peak = peak_rate(options.learning_rate, spec_of(options))
     rate = train.schedule(options.schedule, peak, steps, warmup=options.warmup)
     optimizer = train.optimizer(
         rate,
@@ -161,10 +152,10 @@ def _train(options: Options, tuned: Any, adapter: Any, params: Any, data: Data, 
     )
     trainable, loss_fn = tuned.trainable(adapter), train.causal_lm_loss(tuned.apply)
     state = train.init_state(adapter, optimizer, jax.random.key(options.seed), trainable=trainable)
-    fingerprint = _fingerprint(options, data, steps)
+    same = fingerprint(options, data, steps)
     if options.resume:
         checkpoints = options.output / "checkpoints"
-        state = train.restore(checkpoints, state, fingerprint=fingerprint)
+        state = train.restore(checkpoints, state, fingerprint=same)
     return train.fit(
         train.make_step(loss_fn, optimizer, trainable=trainable, micro_batches=options.accumulate),
         state,
@@ -177,7 +168,7 @@ def _train(options: Options, tuned: Any, adapter: Any, params: Any, data: Data, 
         eval_every=options.eval_every,
         save_every=options.save_every,
         keep=options.keep,
-        fingerprint=fingerprint,
+        fingerprint=same,
     )
 
 
@@ -191,9 +182,25 @@ def _evaluate(loss_fn: Any, params: Any, data: Data) -> Callable[[Any], float] |
     return lambda adapter: train.evaluate(evaluation, adapter, params, batches)
 
 
-def _fingerprint(options: Options, data: Data, steps: int) -> dict[str, Any]:
-    same = {name: getattr(options, name) for name in _IDENTITY}
-    return {**same, "model": options.model, "data": data.train.fingerprint(), "steps": steps}
+def fingerprint(options: Options, data: Data, steps: int) -> dict[str, Any]:
+    """What has to be the same for a run to continue.
+
+    Args:
+        options: of the run. Rank, batch size and the like are in the method and the data.
+        data: its batches.
+        steps: number of its steps.
+
+    Returns:
+        JSON values, for `jaxpeft.train.save`.
+    """
+    method = spec_of(options)
+    made = {
+        "method": method,
+        "learning_rate": peak_rate(options.learning_rate, method),
+        "data": data.train.fingerprint(),
+        "steps": steps,
+    }
+    return {name: getattr(options, name) for name in _IDENTITY} | made
 
 
 def _save(options: Options, tuned: Any, adapter: Any, model: Any) -> Path:

@@ -8,7 +8,7 @@ import tyro
 
 from jaxpeft.cli.formats import Quantize, quantization
 from jaxpeft.cli.models import DTYPES
-from jaxpeft.cli.tunings import Remat, peak_rate
+from jaxpeft.cli.tunings import Remat, specification
 
 Text = tyro.conf.Positional[str]
 Integer = Annotated[int | None, tyro.conf.arg(metavar="INT")]
@@ -29,9 +29,9 @@ class Options:
         config: a YAML file with any of the options below; what is typed here wins.
         output: directory for the adapter, metrics.jsonl, loss.png and the checkpoints.
         method: another one than LoRA, as for `compare`, such as prefix:tokens=20 or pfeiffer.
-        rank: of the LoRA update.
-        alpha: the update is multiplied by alpha / rank; twice the rank where not given.
-        dropout: share of the inputs that the update does not see in training.
+        rank: of the LoRA update; 8 where not given. Other methods have their options in --method.
+        alpha: the LoRA update is multiplied by alpha / rank; twice the rank where not given.
+        dropout: share of the inputs that the LoRA update does not see in training.
         targets: which parameters get an adapter, such as "**/{q,v}_proj/kernel"; by default every
             linear layer but the output head. `jaxpeft inspect MODEL` lists the paths.
         learning_rate: at its peak; 5e-4 for LoRA, else the method's usual one.
@@ -50,7 +50,8 @@ class Options:
         eval_every: evaluate every so many steps, and at the end.
         save_every: write a checkpoint every so many steps, and at the end.
         keep: number of checkpoints to keep.
-        resume: continue from the newest checkpoint in the output directory, to the same bits.
+        resume: continue from the newest checkpoint in the output directory, to the same bits. Only
+            the options of files, evaluation, save-every, keep and remat may have changed since.
         seed: of the adapter's start, the order of the examples and the dropout.
         remat: what the backward pass finds kept of a layer: its projections' outputs; only the
             layer's input ("layers"), for a third more time; or everything ("none").
@@ -65,9 +66,9 @@ class Options:
     config: File = None
     output: Path = Path("finetuned")
     method: Annotated[str | None, tyro.conf.arg(metavar="METHOD")] = None
-    rank: int = 8
+    rank: Integer = None
     alpha: Number = None
-    dropout: float = 0.0
+    dropout: Number = None
     targets: Glob = None
     learning_rate: Number = None
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -110,20 +111,31 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def spec_of(options: Options) -> str:
+    """What is tuned, as `jaxpeft.cli.tunings.tuning` reads it.
+
+    Raises:
+        ValueError: the method is unknown, or LoRA's own options are given beside it.
+    """
+    lora = {"rank": options.rank, "alpha": options.alpha, "dropout": options.dropout}
+    return specification(options.method, **lora)
+
+
 def check(options: Options) -> None:
     """Raises ValueError, saying what is allowed, where an option is out of its range."""
     given = dataclasses.asdict(options)
-    whole = ("rank", "batch_size", "accumulate", "epochs", "max_length", "keep")
-    for name in (*whole, "steps", "eval_every", "save_every"):
+    whole = ("batch_size", "accumulate", "epochs", "max_length", "keep")
+    for name in (*whole, "rank", "steps", "eval_every", "save_every"):
         check_range(name, given[name], given[name] is None or given[name] >= 1, "1 or more")
     for name in ("weight_decay", "clip_norm", "warmup"):
         check_range(name, given[name], given[name] >= 0, "0 or more")
     for name in ("learning_rate", "alpha"):
         check_range(name, given[name], given[name] is None or given[name] > 0, "a number above 0")
     for name in ("dropout", "eval_fraction"):
-        check_range(name, given[name], 0 <= given[name] < 1, "a share from 0 to below 1")
+        good = given[name] is None or 0 <= given[name] < 1
+        check_range(name, given[name], good, "a share from 0 to below 1")
     quantization(options.quantize)
-    peak_rate(options.learning_rate, options.method)
+    spec_of(options)
     if options.eval_data and options.eval_fraction:
         raise ValueError("--eval-data and --eval-fraction are both given. Use one of them.")
     check_parts(options.batch_size, options.accumulate)

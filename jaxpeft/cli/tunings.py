@@ -4,6 +4,57 @@ from typing import Any, Literal
 
 Remat = Literal["projections", "layers", "none"]
 LORA_RATE = 5e-4
+RANK = 8
+
+
+def specification(method: str | None, **lora: float | None) -> str:
+    """The method as a text for `tuning`: LoRA by the options that are its own, or any by its name.
+
+    Args:
+        method: such as "prefix:tokens=20"; None for LoRA.
+        **lora: `rank`, `alpha` and `dropout`; None where not given.
+
+    Returns:
+        A specification; see `jaxpeft.train.read_spec`.
+
+    Raises:
+        ValueError: the method is unknown, or both are given.
+
+    Example:
+        >>> specification(None, rank=4, alpha=None, dropout=None)
+        'lora:rank=4,alpha=8,dropout=0.0,lr=0.0005'
+    """
+    from jaxpeft import train
+
+    given = {name: value for name, value in lora.items() if value is not None}
+    if method is None:
+        rank = given.get("rank", RANK)
+        values = {"rank": rank, "alpha": 2 * rank, "dropout": 0.0} | given | {"lr": LORA_RATE}
+        return "lora:" + ",".join(f"{name}={value}" for name, value in values.items())
+    train.read_spec(method)
+    if given:
+        raise ValueError(_both(method, given))
+    return method
+
+
+def _both(method: str, given: dict[str, float]) -> str:
+    """What to write where options of LoRA stand beside another method."""
+    from jaxpeft import train
+
+    text, left = method, []
+    for name, value in given.items():
+        longer = f"{text}{',' if ':' in text.rpartition('+')[2] else ':'}{name}={value}"
+        try:
+            train.read_spec(longer)
+            text = longer
+        except ValueError:
+            left.append(name)
+    typed = ", ".join(f"--{name} {value}" for name, value in given.items())
+    without = f" {method} has no {' or '.join(left)}." if left else ""
+    return (
+        f"{typed}: of the LoRA that is tuned without --method, but --method {method} is given."
+        f"{without} Write --method {text} instead."
+    )
 
 
 def tuning(method: str, targets: str | None, model: Any) -> Any:
@@ -29,13 +80,11 @@ def tuning(method: str, targets: str | None, model: Any) -> Any:
     return jp.rules(*((targets, part) for part in spec.methods))
 
 
-def peak_rate(rate: float | None, method: str | None) -> float:
+def peak_rate(rate: float | None, method: str) -> float:
     """The learning rate: as given, else the method's usual one."""
-    if rate is not None or method is None:
-        return LORA_RATE if rate is None else rate
     from jaxpeft import train
 
-    return train.read_spec(method).rate
+    return train.read_spec(method).rate if rate is None else rate
 
 
 def policy(remat: Remat) -> Any:

@@ -1,7 +1,9 @@
 """`jaxpeft finetune` and `jaxpeft merge`, against transformers and peft."""
 
+import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -13,7 +15,8 @@ import yaml
 
 from jaxpeft import train
 from jaxpeft.cli import main
-from jaxpeft.cli.options import IN_FILES
+from jaxpeft.cli.finetune import Data, fingerprint
+from jaxpeft.cli.options import IN_FILES, Options
 from jaxpeft.train import read_metrics
 from tests.cli.conftest import SHORT
 
@@ -64,7 +67,68 @@ def test_resume_gives_the_same_bits(jaxpeft, run, tiny_model, data, tmp_path):
 def test_resume_refuses_another_run(jaxpeft, run, tiny_model, data):
     config = ("--config", run / "options.yaml", "--resume", "--rank", "3")
     result = jaxpeft("finetune", tiny_model, data, *config)
-    assert result.code == 2 and "rank: saved 2, now 3" in result.err
+    assert result.code == 2 and "now lora:rank=3,alpha=6," in result.err
+
+
+# Every option, and another value of it where a run with that value may not be continued as this one.
+OTHER = {
+    "model": "other", "data": None, "config": None, "output": None, "method": "rslora", "rank": 3,
+    "alpha": 2.0, "dropout": 0.5, "targets": "**/up_proj/kernel", "learning_rate": 1.0,
+    "schedule": "constant", "warmup": 1, "optimizer": "lion", "weight_decay": 0.1,
+    "clip_norm": 0.0, "batch_size": None, "accumulate": 2, "epochs": None, "steps": None,
+    "max_length": None, "eval_data": None, "eval_fraction": None, "eval_every": None,
+    "save_every": None, "keep": None, "resume": None, "seed": 1, "remat": None,
+    "dtype": "bfloat16", "quantize": "nf4", "cache": None,
+}  # fmt: skip
+
+
+def test_each_option_that_changes_a_run_is_compared_on_resume():
+    assert OTHER.keys() == {field.name for field in dataclasses.fields(Options)}
+    rows = [train.Example(np.arange(n), np.ones(n, bool)) for n in (5, 9)]
+    data = Data(train.Batches(rows, 2), None)
+    own = Options("model", Path("data.jsonl"))
+    saved = fingerprint(own, data, 4)
+    # These come in through what is made of them.
+    assert saved != fingerprint(own, data, 5)
+    assert saved != fingerprint(own, Data(train.Batches(rows[:1], 2), None), 4)
+    assert saved != fingerprint(own, Data(train.Batches(rows, 1), None), 4)
+    for name, value in OTHER.items():
+        if value is not None:
+            assert saved != fingerprint(dataclasses.replace(own, **{name: value}), data, 4), name
+
+
+def test_a_run_continues_with_other_remat_and_evaluation(jaxpeft, run, tiny_model, data, tmp_path):
+    again = tmp_path / "again"
+    (again / "checkpoints").mkdir(parents=True)
+    shutil.copytree(run / "checkpoints" / "2", again / "checkpoints" / "2")
+    config = ("--config", run / "options.yaml", "--output", again, "--resume")
+    result = jaxpeft("finetune", tiny_model, data, *config, "--remat", "none", "--eval-every", "3")
+    assert result.code == 0, result.err
+    first, second = (
+        safetensors.numpy.load_file(folder / "adapter_model.safetensors") for folder in (run, again)
+    )
+    for name in first:
+        np.testing.assert_allclose(first[name], second[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--method", "rslora", "--rank", "4"), "Write --method rslora:rank=4 instead."),
+        (
+            ("--method", "pfeiffer:reduction=8", "--dropout", "0.1"),
+            "--dropout 0.1: of the LoRA that is tuned without --method, but --method "
+            "pfeiffer:reduction=8 is given. Write --method pfeiffer:reduction=8,dropout=0.1",
+        ),
+        (
+            ("--method", "ia3", "--rank", "4", "--alpha", "8"),
+            "ia3 has no rank or alpha. Write --method ia3 instead.",
+        ),
+    ],
+)
+def test_loras_options_beside_another_method(jaxpeft, tmp_path, options, message):
+    result = jaxpeft("finetune", "model", "data.jsonl", "--output", tmp_path / "out", *options)
+    assert result.code == 2 and message in result.err, result.err
 
 
 def test_a_yaml_file_gives_options_and_typed_ones_win(jaxpeft, tiny_model, data, tmp_path):
