@@ -70,7 +70,7 @@ def test_resume_refuses_another_run(jaxpeft, run, tiny_model, data):
     assert result.code == 2 and "now lora:rank=3,alpha=6," in result.err
 
 
-# Every option, and another value of it where a run with that value may not be continued as this one.
+# Every option, with another value where a run with that value is another run.
 OTHER = {
     "model": "other", "data": None, "config": None, "output": None, "method": "rslora", "rank": 3,
     "alpha": 2.0, "dropout": 0.5, "targets": "**/up_proj/kernel", "learning_rate": 1.0,
