@@ -23,6 +23,7 @@ from jaxpeft.quant.planes import (
     abstract,
     columns,
     dot,
+    joined,
     padded,
     planes,
     rows_for,
@@ -99,7 +100,7 @@ def multiply(x: Array, weight: Planes, tile: Tiles, *, interpret: bool = False) 
     """`x (M, K)` times the weight: `(M, N)` in the dtype of `x`."""
     m, n = x.shape[0], weight.codes.shape[1]
     x = padded(x, tile.rows)
-    parts = columns(x, weight.halves)
+    parts = columns(x, weight)
     scales = [_by_tile(a, weight, tile) for a in weight.scales]
     kernel = functools.partial(_multiply, weight=weight, tile=tile)
     per_column = pl.BlockSpec((*scales[0].shape[:2], tile.columns), lambda i, j: (0, 0, j))
@@ -153,7 +154,7 @@ def multiply_transposed(
         out_shape=outs,
         interpret=interpret,
     )(dy, weight.codes, *arrays)
-    return jnp.stack(parts, axis=-1).reshape(dy.shape[0], -1)[:m]
+    return joined(parts, weight)[:m]
 
 
 def _multiply_transposed(*refs: Any, weight: Planes, tile: Tiles) -> None:
@@ -168,7 +169,7 @@ def _multiply_transposed(*refs: Any, weight: Planes, tile: Tiles) -> None:
 
 def _value(weight: Planes, codes: Array) -> Array:
     assert weight.table is not None
-    return blocks.lookup(weight.table, codes)
+    return blocks.selected(weight.table, codes)
 
 
 def _apart(weight: Planes, tile: Tiles) -> int:

@@ -20,7 +20,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxpeft.quant.planes import Planes, columns, dot, padded, rows_for, transposed, unpacked
+from jaxpeft.quant.planes import (
+    Planes,
+    columns,
+    dot,
+    joined,
+    padded,
+    rows_for,
+    transposed,
+    unpacked,
+)
 
 Array = jax.Array
 
@@ -59,7 +68,7 @@ def multiply(x: Array, weight: Planes, tile: Tiles, *, interpret: bool = False) 
     if m <= FEW:
         return _multiply_few(x, weight, tile, interpret=interpret)
     x = padded(x, tile.rows)
-    parts = columns(x, weight.halves)
+    parts = columns(x, weight)
     whole = [pl.BlockSpec((tile.rows, part.shape[1]), lambda i, j: (i, 0)) for part in parts]
     y = _call(
         functools.partial(_multiply, weight=weight, tile=tile),
@@ -94,7 +103,7 @@ def _multiply(*refs: Any, weight: Planes, tile: Tiles) -> None:
 def _multiply_few(x: Array, weight: Planes, tile: Tiles, *, interpret: bool) -> Array:
     """As `multiply`: sums over parts of the inputs, `(splits, M, N)`, which are added up."""
     (m, k), n, splits = x.shape, weight.codes.shape[1], tile.splits
-    parts = columns(x, weight.halves)
+    parts = columns(x, weight)
     share = k // weight.halves // splits
     each = [pl.BlockSpec((m, share), lambda j, s: (0, s)) for _ in parts]
     sums = _call(
@@ -150,7 +159,7 @@ def multiply_transposed(
         out_specs=[pl.BlockSpec((tile.rows, rows), lambda i, k: (i, k))] * weight.halves,
         out_shape=outs,
     )
-    return jnp.stack(parts, axis=-1).reshape(dy.shape[0], -1)[:m]
+    return joined(parts, weight)[:m]
 
 
 def _multiply_transposed(*refs: Any, weight: Planes, tile: Tiles) -> None:

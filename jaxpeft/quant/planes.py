@@ -1,10 +1,10 @@
-"""A packed matrix as fused kernels read it: codes, scales, and zero points where there are any.
+"""A packed matrix as products read it that leave it packed: codes, scales and shifts.
 
-    W'[i, j] = (value(code[i, j]) - zero[i / b, j]) * scale[i / b, j]
+    W'[i, j] = value(code[i, j]) * scale[i / b, j] + shift[i / b, j]
 
-With 4-bit codes row `2i` of the weight is the low half of byte `i` and row `2i + 1` the high half.
-Nothing is interleaved in a kernel: it multiplies the even columns of `x` by the low halves and the
-odd columns by the high ones, which adds up to the same.
+With 4-bit codes each byte has two rows of the weight, `apart` rows from one another. They are not
+interleaved: the columns of `x` that belong to the low halves multiply these, the other columns the
+high ones, which adds up to the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxpeft.quant.formats.codebook import Codebook, decode_scales
+from jaxpeft.quant.formats.ggml import GGUF
 from jaxpeft.quant.formats.integer import Integer
+from jaxpeft.quant.formats.micro import E2M1_SIGNED, MXFP4, NVFP4
 
 Array = jax.Array
 
@@ -28,17 +30,19 @@ class Planes(NamedTuple):
 
     Attributes:
         codes: uint8 `(K / 2, N)`, or int8 or uint8 `(K, N)`.
-        scales: float32 `(K / b, N)`: the scale, and the zero point if the format has one.
+        scales: float32 `(K / b, N)`: the scale, and the shift if the format has one.
         table: sixteen values that codes stand for; None for codes that are numbers.
-        middle: the code that stands for zero, where there is no zero point.
+        middle: the code that stands for zero, without a table.
         halves: rows of the weight in a row of codes: 2 or 1.
+        apart: rows of the weight from the low halves of a row of codes to the high ones.
     """
 
     codes: Array
     scales: tuple[Array, ...]
-    table: tuple[float, ...] | None
-    middle: int
-    halves: int
+    table: tuple[float, ...] | None = None
+    middle: int = 0
+    halves: int = 2
+    apart: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -52,16 +56,32 @@ class Planes(NamedTuple):
 
 
 def planes(fmt: Any, packed: Any) -> Planes | None:
-    """The planes of a packed matrix; None for a format that has no kernel."""
+    """The planes of a packed matrix; None for a format that is read in another way."""
     if isinstance(fmt, Codebook):
         scale = decode_scales(packed) if fmt.double else packed["absmax"]
-        return Planes(packed["codes"], (scale,), fmt.table, 0, 2)
-    if not isinstance(fmt, Integer) or fmt.indexed:
-        return None
-    names = ("scale",) if fmt.symmetric else ("scale", "zero")
-    scales = tuple(packed[name].astype(jnp.float32) for name in names)
-    middle = 8 if fmt.symmetric and fmt.bits == 4 else 0
-    return Planes(packed["codes"], scales, None, middle, 8 // fmt.bits)
+        return Planes(packed["codes"], (scale,), fmt.table)
+    if isinstance(fmt, MXFP4 | NVFP4):
+        return Planes(packed["codes"], (fmt.scales(packed),), E2M1_SIGNED)
+    if isinstance(fmt, Integer) and not fmt.indexed:
+        return _integers(fmt, packed)
+    if isinstance(fmt, GGUF) and fmt.kind in ("q4_0", "q4_1", "q8_0"):
+        return _blocks_of_32(fmt, packed)
+    return None
+
+
+def _integers(fmt: Integer, packed: Any) -> Planes:
+    scale, halves = packed["scale"].astype(jnp.float32), 8 // fmt.bits
+    if fmt.symmetric:
+        return Planes(packed["codes"], (scale,), middle=8 * (halves - 1), halves=halves)
+    shift = -packed["zero"].astype(jnp.float32) * scale
+    return Planes(packed["codes"], (scale, shift), halves=halves)
+
+
+def _blocks_of_32(fmt: GGUF, packed: Any) -> Planes:
+    scales = tuple(packed[name].astype(jnp.float32) for name in ("d", "m") if name in packed)
+    if fmt.kind == "q8_0":
+        return Planes(packed["q"], scales, halves=1)
+    return Planes(packed["qs"], scales, middle=8 if fmt.kind == "q4_0" else 0, apart=16)
 
 
 def abstract(fmt: Any, packed: Any) -> Planes | None:
@@ -79,14 +99,19 @@ def abstract(fmt: Any, packed: Any) -> Planes | None:
 def unpacked(
     codes: Array, scales: Sequence[Array], weight: Planes, value: Callable[[Array], Array]
 ) -> list[Array]:
-    """A tile's even and odd rows, or all of them, in float32; `value` looks codes up."""
+    """A tile's rows of each half, or all of them, in float32; `value` looks codes up."""
+    scale, *shift = (_repeated(x, codes.shape[0] // x.shape[0]) for x in scales)
+    scaled = [part * scale for part in values(codes, weight, value)]
+    return [part + shift[0] for part in scaled] if shift else scaled
+
+
+def values(codes: Array, weight: Planes, value: Callable[[Array], Array]) -> list[Array]:
+    """What the codes of each half stand for, or all of them, in float32 and without a scale."""
     wide = codes.astype(jnp.int32)
     parts = [wide] if weight.halves == 1 else [wide & 15, wide >> 4]
-    scale, *zero = (_repeated(x, codes.shape[0] // x.shape[0]) for x in scales)
     if weight.table is not None:
-        return [value(part) * scale for part in parts]
-    middle = zero[0] if zero else jnp.float32(weight.middle)
-    return [(part.astype(jnp.float32) - middle) * scale for part in parts]
+        return [value(part) for part in parts]
+    return [(part - weight.middle).astype(jnp.float32) for part in parts]
 
 
 def _repeated(x: Array, times: int) -> Array:
@@ -103,9 +128,18 @@ def dot(a: Array, b: Array) -> Array:
     return lax.dot_general(a, b, numbers, preferred_element_type=jnp.float32)
 
 
-def columns(x: Array, halves: int) -> list[Array]:
-    """All columns of `x`; or the even ones and the odd ones."""
-    return [x] if halves == 1 else [x[:, 0::2], x[:, 1::2]]
+def columns(x: Array, weight: Planes) -> list[Array]:
+    """All columns of `x`; or those of the low halves of codes and those of the high ones."""
+    if weight.halves == 1:
+        return [x]
+    split = x.reshape(x.shape[0], -1, 2, weight.apart)
+    return [split[:, :, half].reshape(x.shape[0], -1) for half in (0, 1)]
+
+
+def joined(parts: Sequence[Array], weight: Planes) -> Array:
+    """The inverse of `columns`."""
+    split = [part.reshape(part.shape[0], -1, weight.apart) for part in parts]
+    return jnp.stack(split, axis=2).reshape(parts[0].shape[0], -1)
 
 
 def padded(x: Array, rows: int) -> Array:

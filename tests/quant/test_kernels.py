@@ -19,6 +19,9 @@ CASES = [
     (jp.quant.int4(64, symmetric=False), 5, 384, 80),
     (jp.quant.int8(), 3, 256, 192),
     (jp.quant.int8(64), 21, 384, 16),
+    (jp.quant.mxfp4(), 21, 128, 48),
+    (jp.quant.gguf("q4_0"), 1, 128, 48),
+    (jp.quant.gguf("q4_1"), 21, 128, 48),
 ]
 
 

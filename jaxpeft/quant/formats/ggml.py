@@ -16,7 +16,7 @@ Reference:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -192,24 +192,13 @@ def _is_scale(x: Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _spread(x: Array, group: int, shifts: Sequence[int], mask: int) -> Array:
-    """Bit fields of bytes (..., k, out): of each `group` of bytes, one field of all, then the next.
-
-    Returns:
-        uint8 (..., k * len(shifts), out).
-    """
-    grouped = x.reshape(*x.shape[:-2], x.shape[-2] // group, 1, group, x.shape[-1])
-    shift = jnp.asarray(shifts, jnp.uint8)[:, None, None]
-    return ((grouped >> shift) & mask).reshape(*x.shape[:-2], -1, x.shape[-1])
-
-
 def _decode(kind: str, parts: Mapping[str, Array]) -> Array:
     """The weights of blocks of 32: (..., in / 32, 32, out)."""
     if kind == "q8_0":
         return parts["q"].astype(jnp.float32) * parts["d"]
-    q = _spread(parts["qs"], 16, (0, 4), 15)
+    q = blocks.bit_fields(parts["qs"], 16, (0, 4), 15)
     if kind.startswith("q5"):
-        q = q | (_spread(parts["qh"], 1, range(8), 1) << 4)
+        q = q | (blocks.bit_fields(parts["qh"], 1, range(8), 1) << 4)
     q = q.astype(jnp.float32)
     if kind.endswith("_1"):
         return blocks.rounded(parts["d"] * q) + parts["m"]
@@ -219,12 +208,12 @@ def _decode(kind: str, parts: Mapping[str, Array]) -> Array:
 def _decode_k(kind: str, parts: Mapping[str, Array]) -> Array:
     """The weights of blocks of 256: (..., in / 256, 256, out)."""
     if kind == "q6_k":
-        q = _spread(parts["ql"], 64, (0, 4), 15)
-        q = q | (_spread(parts["qh"], 32, (0, 2, 4, 6), 3) << 4)
+        q = blocks.bit_fields(parts["ql"], 64, (0, 4), 15)
+        q = q | (blocks.bit_fields(parts["qh"], 32, (0, 2, 4, 6), 3) << 4)
         return blocks.scaled(q.astype(jnp.float32) - 32, parts["d"] * parts["scales8"])
-    q = _spread(parts["qs"], 32, (0, 4), 15)
+    q = blocks.bit_fields(parts["qs"], 32, (0, 4), 15)
     if kind == "q5_k":
-        q = q | (_spread(parts["qh"], 32, range(8), 1) << 4)
+        q = q | (blocks.bit_fields(parts["qh"], 32, range(8), 1) << 4)
     scale, least = _six_bits(parts["scales"])
     product = blocks.rounded(blocks.scaled(q.astype(jnp.float32), parts["d"] * scale))
     least = blocks.rounded(parts["dmin"] * least)

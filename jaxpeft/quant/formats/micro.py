@@ -35,7 +35,7 @@ from jaxpeft.quant.formats.base import (
 
 Array = jax.Array
 E2M1_TABLE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_SIGNED = (*E2M1_TABLE, *(-value for value in E2M1_TABLE))
+E2M1_SIGNED = (*E2M1_TABLE, *(-value for value in E2M1_TABLE))
 _SCALE_MAX = 448.0
 # Middles of neighbours, and whether the middle itself goes up, to the even code.
 _MIDDLES = tuple(
@@ -61,7 +61,11 @@ class MXFP4(Format):
         return {"codes": _codes(weight, power_of_two(scale)), "scale": scale}
 
     def decode(self, packed: Mapping[str, Array]) -> Array:
-        return blocks.scaled(_values(packed["codes"]), power_of_two(packed["scale"]))
+        return blocks.scaled(_values(packed["codes"]), self.scales(packed))
+
+    def scales(self, packed: Mapping[str, Array]) -> Array:
+        """float32 scales (..., in / 32, out)."""
+        return power_of_two(packed["scale"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +99,11 @@ class NVFP4(Format):
         }
 
     def decode(self, packed: Mapping[str, Array]) -> Array:
-        scale = self._scale(packed["scale"], packed["tensor_scale"])
-        return blocks.scaled(_values(packed["codes"]), scale)
+        return blocks.scaled(_values(packed["codes"]), self.scales(packed))
+
+    def scales(self, packed: Mapping[str, Array]) -> Array:
+        """float32 scales (..., in / 16, out)."""
+        return self._scale(packed["scale"], packed["tensor_scale"])
 
     def _scale(self, scale: Array, tensor: Array) -> Array:
         wide = scale.astype(jnp.float32)
@@ -167,4 +174,4 @@ def _codes(weight: Array, scale: Array) -> Array:
 
 
 def _values(codes: Array) -> Array:
-    return blocks.lookup(_SIGNED, blocks.unpack_nibbles(codes))
+    return blocks.lookup(E2M1_SIGNED, blocks.unpack_nibbles(codes))
