@@ -19,7 +19,7 @@ from jax import lax
 from jaxpeft.core.memory import on_host
 from jaxpeft.core.sharding import explicit
 from jaxpeft.core.structured import Contraction
-from jaxpeft.quant import kernels
+from jaxpeft.quant import kernels, rows
 from jaxpeft.quant.weight import QuantizedWeight
 
 Array = jax.Array
@@ -37,20 +37,15 @@ def product(weight: QuantizedWeight, op: Contraction) -> Array | None:
         # What the backward pass keeps has to be the arrays of the host, not their tiles here.
         return _linear(weight, op)
     fused = _fused(weight, op)
-    if fused is not None:
-        return fused
-    return _unfused(weight, op)
+    return _unfused(weight, op) if fused is None else fused
 
 
 def _fused(weight: QuantizedWeight, op: Contraction) -> Array | None:
     """The product by a fused kernel, where one applies and is wanted."""
     wanted = weight.compute != "xla" and (weight.compute != "auto" or jax.device_count() == 1)
-    if not wanted or not _is_plain(weight, op) or op.side != 1:
+    if not wanted or not _by_inputs(weight, op) or op.others[0].dtype != op.out.dtype:
         return None
-    ((contracting, _), x) = op.params["dimension_numbers"], op.others[0]
-    role = weight.layout.axes[contracting[1][0]]
-    if role != weight.groups[1] or contracting[0] != (x.ndim - 1,) or x.dtype != op.out.dtype:
-        return None
+    x = op.others[0]
     plans = kernels.plans(weight.format, weight.packed, x.size // x.shape[-1])
     if weight.compute == "interpret":
         return _by_kernel(weight, x, plans["tpu"], interpret=True) if "tpu" in plans else None
@@ -79,8 +74,43 @@ def _by_kernel(weight: QuantizedWeight, x: Array, tile: Any, *, interpret: bool 
 
 
 def _unfused(weight: QuantizedWeight, op: Contraction) -> Array:
+    if _by_inputs(weight, op) and not _explicit(weight, op):
+        x = op.others[0]
+        if rows.applies(weight.format, weight.packed, x.size // x.shape[-1]):
+            return _few(weight, op)
+    return _dense(weight, op)
+
+
+def _dense(weight: QuantizedWeight, op: Contraction) -> Array:
     tiles = _tiles(weight, op)
     return _tiled(weight, op, *tiles) if tiles else _linear(weight, op)
+
+
+def _few(weight: QuantizedWeight, op: Contraction) -> Array:
+    """A product with few rows, which makes no matrix where a platform has a way to do without."""
+
+    shape, dtype = op.others[0].shape, op.others[0].dtype
+
+    def dense(packed: Any, x: Array) -> Array:
+        return _dense(dataclasses.replace(weight, packed=packed), op.on(x))
+
+    def run(unroll: bool, packed: Any, x: Array) -> Array:
+        flat = x.reshape(-1, x.shape[-1])
+        y = rows.multiply(weight.format, packed, flat, op.out.dtype, unroll=unroll)
+        return y.reshape(op.out.shape)
+
+    @jax.custom_vjp
+    def call(packed: Any, x: Array) -> Array:
+        cpu, cuda = functools.partial(run, False), functools.partial(run, True)
+        return lax.platform_dependent(packed, x, cpu=cpu, cuda=cuda, default=dense)
+
+    def backward(packed: Any, dy: Array) -> Any:
+        # It is linear: the point that it is differentiated at is not used.
+        pullback = jax.vjp(functools.partial(dense, packed), jnp.zeros(shape, dtype))[1]
+        return None, *pullback(dy)
+
+    call.defvjp(lambda packed, x: (call(packed, x), packed), backward)
+    return call(dict(weight.packed), op.others[0])
 
 
 def _is_plain(weight: QuantizedWeight, op: Contraction) -> bool:
@@ -90,6 +120,18 @@ def _is_plain(weight: QuantizedWeight, op: Contraction) -> bool:
     contracting, batch = op.params["dimension_numbers"]
     matrix = not weight.groups[0] and len(weight.layout.axes) == 2
     return matrix and not any(batch) and len(contracting[0]) == 1
+
+
+def _by_inputs(weight: QuantizedWeight, op: Contraction) -> bool:
+    """Whether it is `x W` with the inputs last in `x`."""
+    if not _is_plain(weight, op) or op.side != 1:
+        return False
+    ((ours, theirs), _), (x,) = op.params["dimension_numbers"], op.others
+    return weight.layout.axes[theirs[0]] == weight.groups[1] and ours == (x.ndim - 1,)
+
+
+def _explicit(weight: QuantizedWeight, op: Contraction) -> bool:
+    return any(explicit(x) for x in (*weight.packed.values(), *op.others))
 
 
 def _linear(weight: QuantizedWeight, op: Contraction) -> Array:
@@ -133,7 +175,7 @@ def _tiles(weight: QuantizedWeight, op: Contraction) -> tuple[int, str] | None:
         return None
     _, ins, outs = weight.groups
     # Explicit meshes ask for the sharding of each product, which that of a tile is not.
-    if len(outs) > 1 or any(explicit(x) for x in (*weight.packed.values(), *op.others)):
+    if len(outs) > 1 or _explicit(weight, op):
         return None
     (axis,) = op.params["dimension_numbers"][0][op.side]
     role = {ins: "kept", outs: "met"}.get(weight.layout.axes[axis])

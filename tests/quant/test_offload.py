@@ -15,7 +15,7 @@ PARAMS = {
                "scale": jnp.ones((3, 64))},
     "head": {"kernel": jax.random.normal(jax.random.key(1), (64, 64)) / 8},
 }  # fmt: skip
-X = jax.random.normal(jax.random.key(2), (2, 64))
+X = jax.random.normal(jax.random.key(2), (8, 64))
 
 
 def model(params, x):
