@@ -32,6 +32,7 @@ from jaxpeft.hf.adapterhub import methods as adapterhub_methods
 from jaxpeft.hf.files import read_site, read_tensors, some, write_directory, write_tensors
 from jaxpeft.hf.paths import at_paths
 from jaxpeft.methods import layers
+from jaxpeft.models import mirror
 
 VERSION = 1
 _KEY = "jaxpeft"
@@ -97,7 +98,7 @@ def load(path: str | Path, model: Any, *, tuning: Any = None) -> tuple[Tuned, Ad
     everywhere, described = _parse(path, notes)
     sites = [site for site in everywhere if not is_shared(site)]
     if tuning is None:
-        chosen = {site.path: _build(path, site, described[site.path]) for site in sites}
+        chosen = {site.path: _build(path, site, described[site.path], model) for site in sites}
         tuned = transform(model, at_paths(chosen))
     else:
         tuned = transform(model, tuning)
@@ -176,10 +177,10 @@ def _parse(path: Path, notes: Mapping[str, Any]) -> tuple[list[Site], dict[str, 
     return sites, described
 
 
-def _build(path: Path, site: Site, described: Mapping[str, Any]) -> Method:
+def _build(path: Path, site: Site, described: Mapping[str, Any], model: Any) -> Method:
     name, options = described["name"], described["options"]
     try:
-        found = _from_options(name, options)
+        found = _from_options(name, options, model)
     except RecursionError:
         found = None
     if found is None:
@@ -191,33 +192,35 @@ def _build(path: Path, site: Site, described: Mapping[str, Any]) -> Method:
     return found
 
 
-def _from_options(name: str, options: Mapping[str, Any]) -> Method | None:
+def _from_options(name: str, options: Mapping[str, Any], model: Any) -> Method | None:
     if options and all(number.isdigit() for number in options):
-        return _chain(name.split("+"), options)
+        return _chain(name.split("+"), options, model)
     if layers.OPTION in options:
-        return _in_layers(name, options)
+        return _in_layers(name, options, model)
     for factory in factories():
-        method = _attempt(factory, name, options)
+        method = _attempt(factory, name, options, model)
         if method and describe(method) == {"name": name, "options": options}:
             return method
-    return _of_older(name, options)
+    return _of_older(name, options, model)
 
 
-def _of_older(name: str, options: Mapping[str, Any]) -> Method | None:
+def _of_older(name: str, options: Mapping[str, Any], model: Any) -> Method | None:
     """A method from a file that was written before some of its options were there."""
     for factory in factories():
-        method = _attempt(factory, name, options, short=True) if factory.__name__ == name else None
+        if factory.__name__ != name:
+            continue
+        method = _attempt(factory, name, options, model, short=True)
         now = method and describe(method)
         if now and now["name"] == name and now["options"] == now["options"] | options:
             return method
     return None
 
 
-def _chain(names: list[str], options: Mapping[str, Any]) -> Method | None:
+def _chain(names: list[str], options: Mapping[str, Any], model: Any) -> Method | None:
     if len(names) != len(options):
         return None
     stages = {
-        int(number): _from_options(name, options[number])
+        int(number): _from_options(name, options[number], model)
         for name, number in zip(names, options, strict=True)
     }
     if None in stages.values() or max(stages) > 1000:
@@ -225,9 +228,9 @@ def _chain(names: list[str], options: Mapping[str, Any]) -> Method | None:
     return compose([stages.get(i) for i in range(max(stages) + 1)])
 
 
-def _in_layers(name: str, options: Mapping[str, Any]) -> Method | None:
+def _in_layers(name: str, options: Mapping[str, Any], model: Any) -> Method | None:
     rest = {option: value for option, value in options.items() if option != layers.OPTION}
-    method = _from_options(name, rest)
+    method = _from_options(name, rest, model)
     try:
         return method and layers.in_layers(method, layers.selection(options[layers.OPTION]))
     except (TypeError, ValueError):
@@ -235,7 +238,12 @@ def _in_layers(name: str, options: Mapping[str, Any]) -> Method | None:
 
 
 def _attempt(
-    factory: Callable[..., Any], name: str, options: Mapping[str, Any], *, short: bool = False
+    factory: Callable[..., Any],
+    name: str,
+    options: Mapping[str, Any],
+    model: Any,
+    *,
+    short: bool = False,
 ) -> Method | None:
     """What a factory makes of options; if they may be `short`, others have their defaults."""
     parameters = inspect.signature(factory).parameters
@@ -246,21 +254,30 @@ def _attempt(
         }
     if not wanted <= options.keys():
         return None
-    given = {at: options[at] for at in wanted}
     several = [at for at in wanted if parameters[at].kind is inspect.Parameter.VAR_POSITIONAL]
     if several and factory.__name__ != name:  # each part is made once, however deep they are
         return None
     try:
-        made_of = [_part(one) for at in several for one in given.pop(at)]
+        given = {at: _value(options[at], model) for at in wanted}
+        made_of = [_part(one, model) for at in several for one in given.pop(at)]
         method = factory(*made_of, **given)
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
     return method if isinstance(method, Method) else None
 
 
-def _part(described: Mapping[str, Any] | None) -> Method | None:
+def _part(described: Mapping[str, Any] | None, model: Any) -> Method | None:
     """One of the methods that a method is made of."""
-    return _from_options(described["name"], described["options"]) if described else None
+    return _from_options(described["name"], described["options"], model) if described else None
+
+
+def _value(option: Any, model: Any) -> Any:
+    """The value of an option; a mirror of the model is made again."""
+    if not isinstance(option, Mapping) or "mirror" not in option:
+        return option
+    return mirror(
+        model, option["mirror"], intermediate=option["intermediate"], heads=option["heads"]
+    )
 
 
 def factories() -> list[Callable[..., Any]]:
