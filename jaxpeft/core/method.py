@@ -34,6 +34,8 @@ class Needs(NamedTuple):
         mask: arguments of the model's call, of which the first that is given is the mask of its
             tokens, `bool[B, T]`: the method sees it as `here.inputs["mask"]`, None without one.
         sequence: it attends to whole sequences, so that a call with a cache is refused.
+        present: `(option, glob)`: options of the method that name modules or call boundaries, of
+            which the model must have one.
     """
 
     virtual: tuple[Virtual, ...] = ()
@@ -45,6 +47,7 @@ class Needs(NamedTuple):
     states: tuple[str, ...] = ()
     mask: tuple[str, ...] = ()
     sequence: bool = False
+    present: tuple[tuple[str, str], ...] = ()
 
 
 def together(needs: Sequence[Needs]) -> Needs:
@@ -59,6 +62,7 @@ def together(needs: Sequence[Needs]) -> Needs:
         tuple(dict.fromkeys(name for need in needs for name in need.states)),
         tuple(dict.fromkeys(name for need in needs for name in need.mask)),
         any(need.sequence for need in needs),
+        tuple(dict.fromkeys(pair for need in needs for pair in need.present)),
     )
 
 
@@ -143,6 +147,9 @@ def resolve(
         ValueError: if nothing is tuned, or a rule fits nothing.
         TypeError: if `tuning` is no tuning.
     """
+    if whole:
+        for method in methods_of(tuning):
+            _check_present(method, sites)
     if isinstance(tuning, Method):
         found = {s.path: tuning for s in sites if tuning.bare(s) and s.path != head}
     elif isinstance(tuning, Rules):
@@ -191,6 +198,17 @@ def _check_rule(where: Any, matches: Any, method: Any, sites: Sequence[Site]) ->
             f"where={where!r} matched {shown}, but `{method.name}` cannot work there: {why}. Use "
             "`full()` to train them, or another pattern."
         )
+
+
+def _check_present(method: Any, sites: Sequence[Site]) -> None:
+    """Raises where an option of a method names modules that the model does not have."""
+    for option, glob in method.needs.present if isinstance(method, Method) else ():
+        boundaries = [site.path for site in sites if site.boundary]
+        modules = dict.fromkeys(path.rpartition(":")[0] for path in boundaries)
+        paths, matches = [*modules, *boundaries], compile_pattern(glob)
+        if not any(matches(path, None) for path in paths):
+            what = "modules and call boundaries"
+            raise ValueError(f"`{method.name}`: {unmatched(glob, paths, what, option)}")
 
 
 def _chained(found: Sequence[dict[str, Method]], sites: Sequence[Site]) -> dict[str, Method]:

@@ -135,14 +135,16 @@ def first_match(
     return found
 
 
-def unmatched(where: Where, paths: Sequence[str], what: str = "leaves") -> str:
+def unmatched(
+    where: Where, paths: Sequence[str], what: str = "leaves", option: str = "where"
+) -> str:
     """The message for a rule that fits nothing: what was given, what is near, what to call."""
     if not isinstance(where, str):
         return f"the predicate {where!r} matched none of the {len(paths)} {what}."
     near = nearest(where, paths)
     hint = f" Nearest: {', '.join(map(repr, near))}." if near else ""
     return (
-        f"where={where!r} matched none of the {len(paths)} {what}.{hint} "
+        f"{option}={where!r} matched none of the {len(paths)} {what}.{hint} "
         "Use `tuned.sites(params, *inputs)` to list them."
     )
 

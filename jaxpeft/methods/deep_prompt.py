@@ -48,7 +48,7 @@ def deep_prompt(
         A method for the inputs of modules, ":in". As a bare tuning it is shallow.
 
     Raises:
-        ValueError: if `tokens` or `dropout` is out of range.
+        ValueError: if `tokens` or `dropout` is out of range; from `init`, if `inside` fits nothing.
 
     Example:
         >>> import jaxpeft as jp
@@ -88,5 +88,5 @@ def deep_prompt(
         bare=is_module,
         options={"tokens": tokens, "inside": inside, "dropout": dropout},
         call=call,
-        needs=Needs(grows=((inside, tokens),)),
+        needs=Needs(grows=((inside, tokens),), present=(("inside", inside),)),
     )

@@ -74,7 +74,8 @@ def shadow(
         A method that as a bare tuning goes to the start, and to the inputs and outputs of layers.
 
     Raises:
-        ValueError: if a number is out of range; in the call, if no state begins before the layers.
+        ValueError: if a number is out of range; from `init`, if `layers` or `start` fits nothing;
+            in the call, if no state begins before the layers.
 
     Example:
         >>> import jaxpeft as jp
@@ -129,7 +130,8 @@ def shadow(
         "backbone": backbone and dict(backbone.options),
     }  # fmt: skip
     mask = MASKS if first.attends else ()
-    needs = Needs(states=(STATE,), mask=mask, sequence=first.attends)
+    present = (("layers", layers), ("start", start))
+    needs = Needs(states=(STATE,), mask=mask, sequence=first.attends, present=present)
     return Method("shadow", init, None, is_place, is_place, options=options, call=call, needs=needs)
 
 

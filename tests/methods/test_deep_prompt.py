@@ -118,3 +118,10 @@ def test_arguments_are_checked():
         deep_prompt(0)
     with pytest.raises(ValueError, match="dropout=1.0 is not a share"):
         deep_prompt(2, dropout=1.0)
+
+
+def test_a_module_that_is_not_there_is_an_error(vit):
+    _, model, params, images = vit
+    tuning = jp.rules(("encoder/layer:in", deep_prompt(2, inside="trunk")))
+    with pytest.raises(ValueError, match="`deep_prompt`: inside='trunk' matched none of"):
+        jax.eval_shape(jp.transform(model, tuning).init, jax.random.key(0), params, images)

@@ -170,6 +170,13 @@ def test_files_of_peft_with_a_mirror_are_read_and_written(oracle, tokens, tmp_pa
     again.unload()
     _, back = jp.hf.load_adapter(tmp_path / "own", model)
     jax.tree.map(np.testing.assert_array_equal, dict(back), dict(adapter))
+    jp.save(tmp_path / "native", adapter, tuned)
+    native, back = jp.load(tmp_path / "native", model)  # makes the mirror of the model again
+    jax.tree.map(np.testing.assert_array_equal, dict(back), dict(adapter))
+    alike = lambda t: jax.make_jaxpr(t.apply)(adapter, params, tokens)  # noqa: E731
+    assert str(alike(native)) == str(alike(tuned))
+    with pytest.raises(ValueError, match="Pass the tuning .* tuning="):
+        jp.load(tmp_path / "native", lambda params, x: x)
 
 
 def test_what_a_file_cannot_hold_or_ask_for_is_refused(oracle, tmp_path):  # noqa: F811
@@ -250,11 +257,17 @@ def test_numbers_and_starts_are_checked():
     for wrong in ({"rank": 0}, {"hidden": 0.5}, {"blocks": -1}, {"width": 0}, {"dropout": 1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             shadow(**({"rank": 2} | wrong))
-    tuned = jp.transform(model, shadow(2, start="wte:out"))
+    for option, glob in (("layers", "blocks"), ("start", "wte:out")):
+        message = rf"`shadow`: {option}='{glob}' matched none of .* Nearest: "
+        for tuning in (shadow(2, **{option: glob}), jp.rules(("**", shadow(2, **{option: glob})))):
+            with pytest.raises(ValueError, match=message):
+                jp.transform(model, tuning).init(jax.random.key(0), params, ids)
+    tuned = jp.transform(model, shadow(2, start="norm:out"))
     adapter = tuned.init(jax.random.key(0), params, ids)
     with pytest.raises(ValueError, match="'layers:in' takes up 'shadow', which no site in front"):
         tuned.apply(adapter, params, ids)
+    plain = jp.transform(model, jp.lora(2))
     with pytest.raises(ValueError, match="has no `shadow`"):
-        shadow_start(tuned, adapter, params, ids)
+        shadow_start(plain, plain.init(jax.random.key(0), params, ids), params, ids)
     size = sum(leaf.size for leaf in jax.tree.leaves(adapter["layers:out"]))
     assert size == 2 * 2 * (2 * 2 * 8 + 2 + 8)
