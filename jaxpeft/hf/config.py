@@ -7,6 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxpeft.hf.checks import (
+    COUNT,
+    FLAG,
+    POSITIVE,
+    SHARE,
+    Check,
+    check_option,
+    is_indices,
+    is_int,
+    is_names,
+    is_positive,
+)
 from jaxpeft.hf.files import read_json, some
 from jaxpeft.hf.match import ALL_LINEAR, chosen, in_layers, pattern_value, saved, search
 
@@ -157,7 +169,7 @@ def read_options(path: Path) -> Options:
     _check_init(config.get("init_lora_weights", True), path)
     given = {name: config[name] for name in known & config.keys() if config[name] is not None}
     for name, value in given.items():
-        _check_value(name, value, path)
+        check_option(path, name, value, _CHECKS[name])
     options = Options(**given)
     if options.target_modules is None:
         raise ValueError(
@@ -202,63 +214,35 @@ def _check_init(value: Any, path: Path) -> None:
     )
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _is_indices(value: Any) -> bool:
-    return isinstance(value, list) and all(_is_int(item) and item >= 0 for item in value)
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
 def _is_ranks(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_int(rank) and rank > 0 for rank in value.values())
+    return isinstance(value, dict) and all(is_int(rank) and rank > 0 for rank in value.values())
 
 
 def _is_alphas(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_number(x) and x > 0 for x in value.values())
+    return isinstance(value, dict) and all(map(is_positive, value.values()))
 
 
-_CHECKS: dict[str, Any] = {
-    "r": (lambda v: _is_int(v) and v > 0, "a positive integer"),
-    "lora_alpha": (lambda v: _is_number(v) and v > 0, "a positive number"),
-    "lora_dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
-    "target_modules": (lambda v: isinstance(v, str) or _is_names(v), "a string or strings"),
-    "exclude_modules": (lambda v: isinstance(v, str) or _is_names(v), "a string or strings"),
+_TEXTS: Check = (lambda v: isinstance(v, str) or is_names(v), "a string or strings")
+_CHECKS: dict[str, Check] = {
+    "r": COUNT,
+    "lora_alpha": POSITIVE,
+    "lora_dropout": SHARE,
+    "target_modules": _TEXTS,
+    "exclude_modules": _TEXTS,
     "rank_pattern": (_is_ranks, "an object of positive integers"),
     "alpha_pattern": (_is_alphas, "an object of positive numbers"),
-    "use_rslora": (_is_flag, "true or false"),
-    "modules_to_save": (lambda v: _is_names(v) and all(v), "a list of names"),
-    "layers_to_transform": (lambda v: _is_int(v) or _is_indices(v), "layer indices"),
-    "layers_pattern": (lambda v: isinstance(v, str) or _is_names(v), "a string or strings"),
+    "use_rslora": FLAG,
+    "modules_to_save": (lambda v: is_names(v) and all(v), "a list of names"),
+    "layers_to_transform": (lambda v: is_int(v) or is_indices(v), "layer indices"),
+    "layers_pattern": _TEXTS,
     "bias": (lambda v: v in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
-    "lora_bias": (_is_flag, "true or false"),
+    "lora_bias": FLAG,
     "trainable_token_indices": (
-        lambda v: (
-            _is_indices(v)
-            or (isinstance(v, dict) and all(_is_indices(rows) for rows in v.values()))
-        ),
+        lambda v: is_indices(v) or isinstance(v, dict) and all(map(is_indices, v.values())),
         "a list of token ids, or an object of them",
     ),
-    "ensure_weight_tying": (_is_flag, "true or false"),
+    "ensure_weight_tying": FLAG,
 }
-
-
-def _check_value(name: str, value: Any, path: Path) -> None:
-    check, wanted = _CHECKS[name]
-    if not check(value):
-        raise ValueError(f"{path}: {name}={value!r} must be {wanted}.")
 
 
 def full_config(**values: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxpeft.core.site import ROLES, Site
+
+# Of the axes of a site.
+_LARGEST = 2**40
 
 
 def write_directory(directory: Path, names: Sequence[str], write: Callable[[Path], None]) -> None:
@@ -46,7 +50,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """A JSON object; see `parse_json`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -54,12 +58,34 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     check_file(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or no JSON file: {error}.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__} where an object is expected.")
     return value
+
+
+def parse_json(text: str) -> Any:
+    """A JSON value, whose numbers are finite and whose integers have 64 bits.
+
+    >>> parse_json("[1, NaN]")
+    Traceback (most recent call last):
+        ...
+    ValueError: the number NaN is out of range
+    """
+    real = _number(float)
+    return json.loads(text, parse_int=_number(int), parse_float=real, parse_constant=real)
+
+
+def _number(kind: type) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not abs(value) < (math.inf if kind is float else 2**64):
+            raise ValueError(f"the number {text[:40]} is out of range")
+        return value
+
+    return read
 
 
 def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -89,15 +115,25 @@ def read_site(values: Any) -> Site:
     """
     try:
         site = Site.from_json(values)
-        names = isinstance(site.path, str) and set(site.roles) <= {*ROLES, ""}
-        sizes = all(isinstance(size, int) and size >= 0 for size in site.shape)
-        whole = names and sizes and len(site.roles) in (0, len(site.shape))
-        jnp.dtype(site.dtype)
-    except (TypeError, AttributeError) as error:
+        whole = _is_site(site) and bool(jnp.dtype(site.dtype))
+    except (TypeError, AttributeError, ValueError, SyntaxError) as error:
         raise ValueError(f"{values!r} is no site: {error}.") from error
     if not whole:
         raise ValueError(f"{values!r} is no site.")
     return site
+
+
+def _is_site(site: Site) -> bool:
+    words = (site.roles, site.uses, site.dense, site.lookups, site.reads)
+    named = all(_all(str, word) for word in words) and _all(str, (site.path, site.dtype))
+    sizes = (site.shape, (site.groups,), tuple(width for _, width in site.sources))
+    counted = all(_all(int, size) and all(0 <= n < _LARGEST for n in size) for size in sizes)
+    roles = {*site.roles} <= {*ROLES, ""} and len(site.roles) in (0, len(site.shape))
+    return named and counted and roles and all(isinstance(name, str) for name, _ in site.sources)
+
+
+def _all(kind: type, values: Any) -> bool:
+    return isinstance(values, tuple) and all(type(value) is kind for value in values)
 
 
 def check_file(path: Path) -> None:

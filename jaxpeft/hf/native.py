@@ -14,7 +14,7 @@ import json
 import pkgutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,14 @@ from jaxpeft.core.tree import leaves_with_paths
 from jaxpeft.flax import transform
 from jaxpeft.hf import methods
 from jaxpeft.hf.adapterhub import methods as adapterhub_methods
-from jaxpeft.hf.files import read_site, read_tensors, some, write_directory, write_tensors
+from jaxpeft.hf.files import (
+    parse_json,
+    read_site,
+    read_tensors,
+    some,
+    write_directory,
+    write_tensors,
+)
 from jaxpeft.hf.paths import at_paths
 from jaxpeft.methods import layers
 from jaxpeft.models import mirror
@@ -40,7 +47,25 @@ _KEY = "jaxpeft"
 _START = {"init", "dtype"}
 
 
-def save(path: str | Path, adapter: Adapter, tuned: Tuned) -> None:
+class Contents(NamedTuple):
+    """What a file says of itself.
+
+    Attributes:
+        tensors: by name, `site path/leaf`.
+        sites: those of the methods, and of leaves that several share.
+        methods: `{path: {"name": ..., "options": {...}}}`.
+        base_model_name: of the model, if it was given when the file was saved.
+    """
+
+    tensors: dict[str, np.ndarray]
+    sites: list[Site]
+    methods: dict[str, Any]
+    base_model_name: str | None
+
+
+def save(
+    path: str | Path, adapter: Adapter, tuned: Tuned, *, base_model_name: str | None = None
+) -> None:
     """Writes an adapter of any methods to one safetensors file, in the dtypes that it has.
 
     The file is written whole and then moved into place.
@@ -49,6 +74,7 @@ def save(path: str | Path, adapter: Adapter, tuned: Tuned) -> None:
         path: of the file, such as "adapter.safetensors".
         adapter: what to save.
         tuned: the tuned model that it belongs to, whose methods are written by name and options.
+        base_model_name: name or path of the model, for people and for `jaxpeft inspect`.
 
     Raises:
         ValueError: if two leaves would have the same name.
@@ -66,6 +92,7 @@ def save(path: str | Path, adapter: Adapter, tuned: Tuned) -> None:
         "sites": [site.to_json() for site in adapter.sites],
         "methods": {site.path: describe(chosen[site.path]) for site in own},
         "sha256": _digest(tensors),
+        "base_model_name": base_model_name,
     }
     metadata = {_KEY: json.dumps(notes, sort_keys=True)}
     write_directory(
@@ -91,11 +118,7 @@ def load(path: str | Path, model: Any, *, tuning: Any = None) -> tuple[Tuned, Ad
             is not what it was saved with.
     """
     path = Path(path)
-    tensors, metadata = read_tensors(path)
-    notes = _read_notes(path, metadata)
-    if notes["sha256"] != _digest(tensors):
-        raise ValueError(f"{path} is damaged: its tensors have another SHA-256 than when saved.")
-    everywhere, described = _parse(path, notes)
+    tensors, everywhere, described, _ = read(path)
     sites = [site for site in everywhere if not is_shared(site)]
     if tuning is None:
         chosen = {site.path: _build(path, site, described[site.path], model) for site in sites}
@@ -108,6 +131,22 @@ def load(path: str | Path, model: Any, *, tuning: Any = None) -> tuple[Tuned, Ad
     key = jax.random.key(0)
     shapes |= {at: jax.eval_shape(start, key) for at, start in shared_inits(chosen).items()}
     return tuned, _filled(path, Adapter(shapes, everywhere), tensors)
+
+
+def read(path: Path) -> Contents:
+    """What `save` wrote, without the model that it is for.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or no adapter of `save`.
+    """
+    tensors, metadata = read_tensors(path)
+    notes = _read_notes(path, metadata)
+    if notes["sha256"] != _digest(tensors):
+        raise ValueError(f"{path} is damaged: its tensors have another SHA-256 than when saved.")
+    sites, methods = _parse(path, notes)
+    name = notes.get("base_model_name")
+    return Contents(tensors, sites, methods, name if isinstance(name, str) else None)
 
 
 def _named(adapter: Adapter) -> dict[str, Any]:
@@ -149,7 +188,7 @@ def _read_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             "Face PEFT are read with jaxpeft.hf.load_adapter(directory, model)."
         )
     try:
-        notes = json.loads(metadata[_KEY])
+        notes = parse_json(metadata[_KEY])
         version = notes["version"]
         whole = {"sites", "methods", "sha256"} <= notes.keys()
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
@@ -193,6 +232,8 @@ def _build(path: Path, site: Site, described: Mapping[str, Any], model: Any) -> 
 
 
 def _from_options(name: str, options: Mapping[str, Any], model: Any) -> Method | None:
+    if not isinstance(options, Mapping):
+        return None
     if options and all(number.isdigit() for number in options):
         return _chain(name.split("+"), options, model)
     if layers.OPTION in options:
@@ -314,7 +355,7 @@ def _shapes(path: Path, method: Method, site: Site) -> Any:
         if not method.fits(site):
             raise ValueError(f"it does not fit the roles {site.roles}")
         return jax.eval_shape(lambda k, w: method.init(k, site, w), jax.random.key(0), weight)
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, IndexError, OverflowError) as error:
         raise ValueError(f"{path}: {method.name!r} cannot be at {site.path!r}: {error}.") from error
 
 

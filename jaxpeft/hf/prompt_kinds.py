@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.site import Site
+from jaxpeft.hf.checks import COUNT, INDICES, NAMES, SIZE, Check
 from jaxpeft.hf.collect import PeftFormatError, Stage
 from jaxpeft.hf.files import some
 from jaxpeft.methods.cpt import cpt, moved_context
@@ -208,6 +209,11 @@ def _write_multitask(found: Sequence[tuple[Site, Stage]]) -> tuple[Tensors, dict
 
 def _cpt(config: Mapping[str, Any], beside: bool) -> Method:
     del beside
+    if len(config["cpt_token_ids"]) != config["num_virtual_tokens"]:
+        raise ValueError(
+            f"num_virtual_tokens={config['num_virtual_tokens']}, but cpt_token_ids are "
+            f"{len(config['cpt_token_ids'])}: give one id for each."
+        )
     return cpt(
         config["cpt_token_ids"],
         config["cpt_tokens_type_mask"],
@@ -254,15 +260,20 @@ def _read_adaption(
 ) -> dict[str, Leaves]:
     (site,) = sites
     method = _adaption(config, False)
-    leaves = method.init(jax.random.key(0), site, None)
-    values = {name: np.zeros(leaves[name].shape, np.float32) for name in ("prompt", "gate")}
+    start = lambda: method.init(jax.random.key(0), site, None)  # noqa: E731
+    shape = jax.eval_shape(start)["prompt"].shape[1:]
     (depth,) = site.sizes("stack")
+    shapes = {"prompt": (1, *shape), "gate": (1,)}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in shapes}
     for layer in range(depth - config["adapter_layers"], depth):
         module = f"base_model.model.model.layers.{layer}.self_attn.adaption_"
-        shape = leaves["prompt"].shape[1:]
-        values["prompt"][layer] = take(tensors, f"{module}prompt", (1, *shape))[0]
-        values["gate"][layer] = take(tensors, f"{module}gate", (1,))[0]
-    return {site.path: leaves | {name: jnp.asarray(value) for name, value in values.items()}}
+        for name, wanted in shapes.items():
+            found[name].append(take(tensors, module + name, wanted)[0])
+    # The first layers' leaves are there, and never used.
+    leaves = start()
+    last = {name: np.stack(parts) for name, parts in found.items()}
+    values = {n: jnp.zeros_like(leaves[n]).at[-len(v) :].set(v) for n, v in last.items()}
+    return {site.path: leaves | values}
 
 
 def _write_adaption(found: Sequence[tuple[Site, Stage]]) -> tuple[Tensors, dict[str, Any]]:
@@ -281,6 +292,18 @@ def _write_adaption(found: Sequence[tuple[Site, Stage]]) -> tuple[Tensors, dict[
         "target_modules": "self_attn",
     }
 
+
+# What the options that are read may be; others do not say what an adapter computes.
+CHECKS: dict[str, Check] = {
+    **dict.fromkeys(
+        ("num_virtual_tokens", "num_transformer_submodules", "num_layers", "num_tasks", "num_ranks",
+         "adapter_len", "adapter_layers"),
+        COUNT,
+    ),
+    **dict.fromkeys(("cpt_token_ids", "cpt_tokens_type_mask"), INDICES),
+    **dict.fromkeys(("opt_projection_epsilon", "opt_projection_format_epsilon"), SIZE),
+    "modules_to_save": NAMES,
+}  # fmt: skip
 
 KINDS: dict[str, Kind] = {
     "PROMPT_TUNING": Kind(_prompt, _read_rows, ("prompt_tuning",), _write_rows),

@@ -20,11 +20,12 @@ from jaxpeft.core.method import Method, resolve
 from jaxpeft.core.site import Site
 from jaxpeft.core.transform import Adapter, Tuned
 from jaxpeft.flax import transform
+from jaxpeft.hf.checks import check_options
 from jaxpeft.hf.collect import PeftFormatError, Stage
 from jaxpeft.hf.config import CONFIG
 from jaxpeft.hf.files import read_tensors, some
 from jaxpeft.hf.paths import at_paths
-from jaxpeft.hf.prompt_kinds import KINDS, Tensors, take
+from jaxpeft.hf.prompt_kinds import CHECKS, KINDS, Tensors, take
 from jaxpeft.hf.table import Row, Table
 from jaxpeft.hf.tensors import torch_axes
 from jaxpeft.methods.full import full
@@ -38,12 +39,14 @@ def read_prompt(
 ) -> tuple[Tuned, Adapter]:
     """The tuned model and the adapter of a file; see `load_adapter`."""
     kind = KINDS[config["peft_type"]]
+    check_options(path.parent / CONFIG, config, CHECKS)
+    config = {name: value for name, value in config.items() if value is not None}
     tensors, _ = read_tensors(path)
     beside = getattr(model, "keys_take_prefix", False)
     try:
         method = kind.method(config, beside)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path.parent / CONFIG} lacks an option: {error}.") from error
+    except KeyError as error:
+        raise ValueError(f"{path.parent / CONFIG} lacks the option {error}.") from error
     everywhere = _sites(model, method) if sites is None else sites
     found = resolve(method, everywhere)
     chosen = {site.path: method for site in everywhere if site.path in found}

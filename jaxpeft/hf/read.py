@@ -15,6 +15,7 @@ from jaxpeft.core.transform import Adapter, Tuned
 from jaxpeft.core.tree import leaves_with_paths
 from jaxpeft.flax import transform
 from jaxpeft.hf import methods
+from jaxpeft.hf.checks import check_size
 from jaxpeft.hf.config import CONFIG, WEIGHTS, Options, read_options
 from jaxpeft.hf.files import read_json, read_site, some
 from jaxpeft.hf.paths import at_paths
@@ -199,6 +200,7 @@ def _low_rank(
     if len(there) < len(sizes):
         method = in_layers(method, tuple(there))
     a_sizes, b_sizes = row.site.sizes("in"), row.site.sizes("out", "")
+    check_size(reader.path, (len(ranks), max(ranks), *a_sizes), reader.tensors)
     a = np.zeros((len(ranks), max(ranks), int(np.prod(a_sizes))), np.float32)
     b = np.zeros((len(ranks), max(ranks), int(np.prod(b_sizes))), np.float32)
     for at, (module, rank) in enumerate(zip(modules, ranks, strict=True)):

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxpeft.core.method import Leaves
 from jaxpeft.core.transform import Adapter, Tuned
 from jaxpeft.flax import transform
+from jaxpeft.hf.checks import COUNT, NAMES, NUMBER, SHARE, check_option, check_options
 from jaxpeft.hf.collect import PeftFormatError, Stage
 from jaxpeft.hf.config import CONFIG
 from jaxpeft.hf.files import read_tensors, some
@@ -84,16 +85,14 @@ def _check(path: Path, config: Mapping[str, Any], model: Any) -> None:
     for name, value in _DEFAULTS.items():
         if config.get(name, value) != value:
             raise ValueError(f"{path}: the option {name}={config[name]!r} is not supported.")
-    for name in ("r", "shadow_alpha", "shadow_dropout"):
-        if not isinstance(config.get(name), int | float):
-            raise ValueError(f"{path}: the option {name}={config.get(name)!r} must be a number.")
-    for name in ("update_hidden_size", *_SIZES):
-        size = config.get(name)
-        if size is not None and (not isinstance(size, int) or size < 1):
-            raise ValueError(f"{path}: the option {name}={size!r} must be a positive integer.")
+    needed = {"r": COUNT, "shadow_alpha": NUMBER, "shadow_dropout": SHARE}
+    for name, check in needed.items():
+        check_option(path, name, config.get(name), check)
+    sizes = dict.fromkeys(("update_hidden_size", *_SIZES), COUNT)
+    check_options(path, config, sizes | {"target_modules": NAMES})
     every = {f"model.layers.{i}" for i in range(model.config.num_hidden_layers)}
     given = config.get("target_modules")
-    if given is not None and (not isinstance(given, list) or set(given) != every):
+    if given is not None and set(given) != every:
         raise ValueError(f"{path}: target_modules={given!r} are not all {len(every)} layers.")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,18 @@ from jaxpeft.hf.adapterhub.options import (
     Prefix,
     Prompt,
     Reft,
+)
+from jaxpeft.hf.checks import (
+    COUNT,
+    FLAG,
+    NUMBER,
+    SHARE,
+    Check,
+    check_option,
+    check_options,
+    is_indices,
+    is_int,
+    is_number,
 )
 from jaxpeft.hf.files import read_json, some
 
@@ -46,6 +58,8 @@ _FORMER = {
 }
 # What the library called activations before its files told their version.
 _FORMER_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
+# Of reduction factors: no adapter is a thousand times as wide as its model.
+_SMALLEST = 1e-3
 # The version that corrected the scale of LoRA.
 _SCALED = (1, 1)
 
@@ -92,14 +106,15 @@ def read_config(path: Path) -> Config:
             passed over.
     """
     values = read_json(path)
-    given, version = values.get("config"), values.get("version", "")
+    check_options(path, values, _TOP)
+    given, version = values.get("config"), values.get("version") or ""
     name = values.get("name")
     if not isinstance(given, dict) or not isinstance(name, str):
         raise ValueError(
             f"{path} has no `config` object and `name`: it was not written by `adapters`. "
             "Adapters of PEFT are read with jaxpeft.hf.load_adapter."
         )
-    fused = tuple(values.get("adapter_names", ()))
+    fused = tuple(values.get("adapter_names") or ())
     union = given.get("architecture") == "union"
     listed = given.get("configs", []) if union else [given]
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
@@ -167,7 +182,7 @@ def _before_scale(version: str) -> bool:
 
 def _part(values: Mapping[str, Any], fusion: bool, path: Path) -> Part:
     architecture = values.get("architecture")
-    if architecture not in _KINDS:
+    if not isinstance(architecture, str | None) or architecture not in _KINDS:
         known = ", ".join(str(name) for name in _KINDS if name)
         raise ValueError(
             f"{path}: the method {architecture!r} is not supported. Supported: bottleneck "
@@ -194,72 +209,61 @@ def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0
-
-
-def _is_layers(value: Any) -> bool:
-    return isinstance(value, list) and all(_is_int(item) and item >= 0 for item in value)
+def _is_folder(value: Any) -> bool:
+    return isinstance(value, str) and value not in ("", ".", "..") and not set(value) & {*"/\\\0"}
 
 
 def _is_factor(value: Any) -> bool:
     if not isinstance(value, dict):
-        return _is_positive(value)
-    return all(name == "default" or name.isdigit() for name in value) and all(
-        _is_positive(factor) for factor in value.values()
-    )
+        return is_number(value) and value >= _SMALLEST
+    named = all(name == "default" or name.isdigit() for name in value)
+    return named and all(is_number(factor) and factor >= _SMALLEST for factor in value.values())
 
-
-def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 <= value < 1
-
-
-_Check = tuple[Callable[[Any], bool], str]
 
 # By name, where the type of a field does not say all.
-_NAMED: dict[str, _Check] = {
-    "reduction_factor": (_is_factor, "a positive number, or an object of them by layer"),
-    "scaling": (lambda v: _is_number(v) or v in ("learned", "channel"), "a number or a known word"),
+_NAMED: dict[str, Check] = {
+    "reduction_factor": (
+        _is_factor,
+        f"a number of {_SMALLEST} or more, or an object of them by layer",
+    ),
+    "scaling": (lambda v: is_number(v) or v in ("learned", "channel"), "a number or a known word"),
     "residual_before_ln": (lambda v: isinstance(v, bool) or v == "post_add", "a known choice"),
     "inv_adapter": (lambda v: v in (None, "nice", "glow"), "null, 'nice' or 'glow'"),
-    "layers": (lambda v: v == "all" or _is_layers(v), "'all' or a list of layers"),
+    "layers": (lambda v: v == "all" or is_indices(v), "'all' or a list of layers"),
     "combine": (lambda v: v in ("prefix", "prefix_after_bos"), "'prefix' or 'prefix_after_bos'"),
     "composition_mode": (lambda v: v in ("add", "scale"), "'add' or 'scale'"),
     "attn_matrices": (
         lambda v: isinstance(v, list) and all(name in ("q", "k", "v", "o") for name in v),
         "a list of 'q', 'k', 'v' and 'o'",
     ),
-    "dropout": (_is_share, "a number in [0, 1)"),
-    "stochastic_depth": (_is_share, "a number in [0, 1)"),
+    "dropout": SHARE,
+    "stochastic_depth": SHARE,
     **dict.fromkeys(
         ("r", "phm_dim", "phm_rank", "prefix_length", "prompt_length", "bottleneck_size"),
-        (lambda v: _is_int(v) and v > 0, "a positive integer"),
+        COUNT,
     ),
     **dict.fromkeys(
         ("prefix_positions", "suffix_positions"),
-        (lambda v: _is_int(v) and v >= 0, "an integer of 0 or more"),
+        (lambda v: is_int(v) and v >= 0, "an integer of 0 or more"),
     ),
 }
-_TYPED: dict[str, _Check] = {
-    "bool": (lambda v: isinstance(v, bool), "true or false"),
+_TOP: dict[str, Check] = {
+    "version": (lambda v: isinstance(v, str), "a string"),
+    "adapter_names": (
+        lambda v: isinstance(v, list) and all(map(_is_folder, v)),
+        "a list of names, which are those of folders",
+    ),
+}
+_TYPED: dict[str, Check] = {
+    "bool": FLAG,
     "str": (lambda v: isinstance(v, str), "a string"),
-    "float": (_is_number, "a number"),
-    "int": (_is_int, "an integer"),
-    "tuple[int, ...]": (_is_layers, "a list of layers"),
+    "float": NUMBER,
+    "int": (is_int, "an integer"),
+    "tuple[int, ...]": (is_indices, "a list of layers"),
 }
 
 
 def _check(name: str, value: Any, kind: str, path: Path) -> None:
     if value is None and (kind.endswith("| None") or name == "inv_adapter"):
         return
-    check, wanted = _NAMED.get(name) or _TYPED[kind.removesuffix(" | None")]
-    if not check(value):
-        raise ValueError(f"{path}: {name}={value!r} must be {wanted}.")
+    check_option(path, name, value, _NAMED.get(name) or _TYPED[kind.removesuffix(" | None")])

@@ -50,7 +50,13 @@ class Bottleneck:
         """The reduction factor of a layer."""
         if not isinstance(self.reduction_factor, dict):
             return self.reduction_factor
-        return self.reduction_factor.get(str(layer)) or self.reduction_factor["default"]
+        found = self.reduction_factor.get(str(layer)) or self.reduction_factor.get("default")
+        if found is None:
+            raise ValueError(
+                f"reduction_factor={self.reduction_factor} has none for layer {layer}. Give it "
+                'one, or a "default".'
+            )
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

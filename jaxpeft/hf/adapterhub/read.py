@@ -18,6 +18,7 @@ from jaxpeft.hf.adapterhub.options import Bottleneck, LowRank, Part, Prefix, Pro
 from jaxpeft.hf.adapterhub.piece import AdapterHubFormatError, Context, Piece
 from jaxpeft.hf.adapterhub.places import places
 from jaxpeft.hf.adapterhub.slots import File, leaves_of, nested
+from jaxpeft.hf.checks import check_size
 from jaxpeft.hf.paths import at_paths
 from jaxpeft.models import Model
 
@@ -105,6 +106,8 @@ def read_leaves(
 ) -> dict[str, dict[str, jax.Array]]:
     """The leaves by path and name, of these shapes."""
     found = {key: tuple(leaf.shape) for key, leaf in leaves_of(shapes).items()}
+    for shape in found.values():
+        check_size(file.path, shape, file.tensors)
     leaves: dict[str, dict[str, jax.Array]] = {path: {} for path in shapes}
     for piece in pieces:
         for slot in piece.slots:
