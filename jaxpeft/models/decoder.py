@@ -223,6 +223,11 @@ class Decoder(Model):
         visible = _visible(slots, slots, positions, positions, mask, self.config.sliding_window)
         return self._run(x, rope, visible)
 
+    @property
+    def output_head(self) -> str | None:
+        """Where the weights of the head are, which a bare method leaves alone."""
+        return None if self.config.tie_word_embeddings else "lm_head/kernel"
+
     def names(self) -> tuple[Name, ...]:
         """The weights' names in Hugging Face's and llama.cpp's files."""
         return names(self.config)

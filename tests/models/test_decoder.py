@@ -1,12 +1,16 @@
 """Decoders against transformers on the same random weights."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 from flax import nnx
 
+import jaxpeft as jp
 from jaxpeft.models import Decoder, load
 from tests.models.tiny import MODELS
 
@@ -51,6 +55,20 @@ def test_padding_on_either_side(oracle, tokens, name, side):
         position_ids=torch.tensor(positions),
     )
     check(np.asarray(logits)[mask], expected[mask])
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["llama", "qwen2-tied"])
+def test_a_bare_method_goes_where_peft_puts_all_linear(oracle, tokens, name):
+    torch_model, directory = oracle(name)
+    model, params = load(directory)
+    adapter = jax.eval_shape(
+        jp.transform(model, jp.lora(2)).init, jax.random.key(0), params, tokens
+    )
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(copy.deepcopy(torch_model), config)
+    trained, _ = wrapped.get_nb_trainable_parameters()
+    assert sum(leaf.size for leaf in jax.tree.leaves(adapter)) == trained
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-tied"])
