@@ -12,10 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpeft.cli import models as common
+from jaxpeft.cli.adapters import describe_adapter, is_adapter
 from jaxpeft.cli.options import File, Text
-
-ADAPTER = "adapter_config.json"
-_SHOWN = ("peft_type", "r", "lora_alpha", "use_rslora", "lora_dropout", "bias", "task_type")
 
 
 def inspect(path: Annotated[Text, tyro.conf.arg(metavar="PATH")], *, cache: File = None) -> None:
@@ -23,39 +21,25 @@ def inspect(path: Annotated[Text, tyro.conf.arg(metavar="PATH")], *, cache: File
 
     For a model: its architecture, and each parameter with its path (which --targets matches),
     shape, and what each axis does: "in" is contracted, "out" is kept, "stack" counts the layers.
+    For an adapter: its method, where it is, its parameters, base model and format.
 
     Args:
-        path: a model's directory or .gguf file, an adapter's directory, or a directory of
-            checkpoints; or smollm2-135m-instruct, which is fetched.
+        path: a model's directory or .gguf file; an adapter of `finetune`, PEFT or AdapterHub, or a
+            file of ours; a directory of checkpoints; or smollm2-135m-instruct, which is fetched.
         cache: where a fetched model is kept, instead of ~/.cache/jaxpeft.
     """
     console = Console(highlight=False)
     place = common.locate(path, cache)
     steps = {} if place.is_file() else _checkpoints(place)
-    if (place / ADAPTER).is_file():
-        _adapter(place, console)
+    adapter = is_adapter(place)
+    if adapter:
+        form, about = describe_adapter(place)
+        console.print(f"[bold]Adapter[/] in {form} format: {place}")
+        _pairs(console, about)
     if steps:
         _run(place, steps, console)
-    if not steps and not (place / ADAPTER).is_file():
+    if not steps and not adapter:
         _model(place, console)
-
-
-def _adapter(place: Path, console: Console) -> None:
-    from jaxpeft.hf.files import read_json, read_tensors
-
-    config = read_json(place / ADAPTER)
-    tensors, _ = read_tensors(place / "adapter_model.safetensors")
-    targets = config.get("target_modules") or []
-    named = [targets] if isinstance(targets, str) else sorted(targets)
-    console.print(f"[bold]Adapter[/] in Hugging Face PEFT's format: {place}")
-    rows = {name: config[name] for name in _SHOWN if config.get(name) is not None}
-    _pairs(console, rows | {
-        "target_modules": _shortened(named),
-        "base model": config.get("base_model_name_or_path") or "not named",
-        "tensors": len(tensors),
-        "parameters": f"{sum(t.size for t in tensors.values()):,}",
-        "file": common.megabytes((place / "adapter_model.safetensors").stat().st_size),
-    })  # fmt: skip
 
 
 def _checkpoints(place: Path) -> dict[int, Path]:
@@ -158,8 +142,3 @@ def _pairs(console: Console, rows: Mapping[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(f"  {name}", str(value).replace("[", r"\["))
     console.print(table)
-
-
-def _shortened(names: list[str], limit: int = 8) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
