@@ -135,35 +135,18 @@ def _explicit(weight: QuantizedWeight, op: Contraction) -> bool:
 
 
 def _linear(weight: QuantizedWeight, op: Contraction) -> Array:
-    """The program's own operation on the unpacked weight, linear in its floating operands."""
-    floating = [jnp.issubdtype(x.dtype, jnp.floating) for x in op.others]
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=explicit(x)) for x in op.others]
+    """The program's own operation on the unpacked weight, which is unpacked again for each pass.
 
-    def run(packed: Any, xs: Any, rest: Any) -> Array:
-        return op.bind(weight.unpack(packed), *_woven(floating, xs, rest))
+    Being rematerialized, it is an ordinary function to every transform, forward mode included, and
+    the compiler may not let the passes share one unpacked weight, which would live in between.
+    """
 
-    @jax.custom_vjp
-    def call(packed: Any, xs: Any, rest: Any) -> Array:
-        return run(packed, xs, rest)
+    def run(packed: Any, others: Any) -> Array:
+        return op.bind(weight.unpack(lax.stop_gradient(packed)), *others)
 
-    def forward(packed: Any, xs: Any, rest: Any) -> Any:
-        return call(packed, xs, rest), (packed, rest)
-
-    def backward(kept: Any, dy: Array) -> Any:
-        packed, rest = kept
-        inputs = [shape for shape, is_float in zip(shapes, floating, strict=True) if is_float]
-        (dxs,) = jax.linear_transpose(lambda xs: run(packed, xs, rest), inputs)(dy)
-        return None, dxs, None
-
-    call.defvjp(forward, backward)
-    xs = [x for x, is_float in zip(op.others, floating, strict=True) if is_float]
-    rest = [x for x, is_float in zip(op.others, floating, strict=True) if not is_float]
-    return call(weight.packed, xs, rest)
-
-
-def _woven(floating: Any, xs: Any, rest: Any) -> list[Any]:
-    xs, rest = iter(xs), iter(rest)
-    return [next(xs) if is_float else next(rest) for is_float in floating]
+    # XLA has no way to say so of arrays of the host.
+    here = not any(map(on_host, weight.packed.values()))
+    return jax.checkpoint(run, prevent_cse=here)(weight.packed, op.others)
 
 
 def _tiles(weight: QuantizedWeight, op: Contraction) -> tuple[int, str] | None:

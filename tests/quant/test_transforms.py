@@ -86,3 +86,33 @@ def test_a_loop_that_ends_where_the_values_say(case):
     packed, dense, _, _ = case
     run = jax.jit(jp.lift(looped, strict=True))
     equal(run(packed, X), run(dense, X))
+
+
+def test_forward_mode_and_second_derivatives(case):
+    packed, dense, tuned, adapters = case
+    adapter, along = (jax.tree.map(lambda a, i=i: a[i], adapters) for i in (0, 1))
+
+    @jax.jit
+    def derivatives(params):
+        loss = lambda adapter: jnp.sin(tuned.apply(adapter, params, X)).sum()  # noqa: E731
+        slope = lambda adapter: jax.jvp(loss, (adapter,), (along,))[1]  # noqa: E731
+        value, line = jax.linearize(loss, adapter)
+        _, forward_over_reverse = jax.jvp(jax.grad(loss), (adapter,), (along,))
+        return value, line(along), slope(adapter), forward_over_reverse, jax.grad(slope)(adapter)
+
+    ours = derivatives(packed)
+    equal(ours, derivatives(dense))
+    equal(ours[1], ours[2])
+    equal(ours[3], ours[4])
+
+
+def test_an_unrolled_model_unpacks_again_in_the_backward_pass():
+    """Else one unpacked weight a layer would live until then: the program forbids to share them.
+
+    XLA heeds that on accelerators, not on CPUs.
+    """
+    params = jp.quantize({f"w{i}": PARAMS["w"][i] for i in range(3)}, jp.quant.nf4())
+    model = jp.lift(lambda p, x: jnp.tanh(jnp.tanh(x @ p["w0"]) @ p["w1"]) @ p["w2"], strict=True)
+    step = jax.jit(jax.grad(lambda x, p: model(p, x).sum())).lower(X, params).as_text()
+    barriers = [line for line in step.splitlines() if "optimization_barrier" in line]
+    assert sum("tensor<32x64xui8>" in line for line in barriers) == 3
