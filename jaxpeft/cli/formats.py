@@ -16,11 +16,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def read_format(text: str) -> Any:
+def read_format(text: str, scale: str | None = None) -> Any:
     """A format from its name and options.
 
     Args:
         text: such as "nf4", or "int4:block=64,symmetric=false"; a tile is written as 128x128.
+        scale: dtype of the scales of integers, where the text does not say it.
 
     Returns:
         The format.
@@ -37,6 +38,8 @@ def read_format(text: str) -> Any:
 
     name, _, rest = text.strip().partition(":")
     options: dict[str, Any] = {"name": name}
+    if scale is not None and name in ("int4", "int8"):
+        options["scale"] = scale
     for item in filter(None, rest.split(",")):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not (key and equals and value):
@@ -50,11 +53,12 @@ def read_format(text: str) -> Any:
         raise ValueError(f"{text!r}: {error}") from error
 
 
-def quantization(text: str | None) -> Any:
+def quantization(text: str | None, scale: str | None = None) -> Any:
     """What `jaxpeft.models.load` is to quantize.
 
     Args:
         text: a format, "keep", or None.
+        scale: as `read_format` takes it.
 
     Returns:
         None, "keep", or rules that give the format to the linear layers of a model's stacks, not to
@@ -67,7 +71,7 @@ def quantization(text: str | None) -> Any:
         return text
     import jaxpeft as jp
 
-    return jp.rules((_layers, read_format(text)))
+    return jp.rules((_layers, read_format(text, scale)))
 
 
 def _layers(path: str, leaf: Any) -> bool:

@@ -31,7 +31,8 @@ def quantize(
         model: a Hugging Face directory, a .gguf file, or smollm2-135m-instruct, which is fetched.
         output: the directory to write.
         format: a name with options, such as "nf4:block=128,double=false" or "int4:block=64".
-        method: write int4 weights as GPTQ or AWQ files have them.
+        method: write int4 (or, for gptq, int8) weights as GPTQ or AWQ files have them, with scales
+            in float16.
         dtype: of the other weights.
         force: write even if the output directory is not empty.
         cache: where a fetched model is kept, instead of ~/.cache/jaxpeft.
@@ -40,7 +41,7 @@ def quantize(
 
     from jaxpeft import models
 
-    packing = quantization(format)
+    packing = quantization(format, "float16" if method else None)
     console = Console(highlight=False)
     path = common.locate(model, cache)
     check_output(output, path, force)

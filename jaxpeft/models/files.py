@@ -1,6 +1,7 @@
 """Weights on disk, seen as named Hugging Face tensors that are read one at a time."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxpeft.models.families import family_of, read_config
-from jaxpeft.models.packed_files import Packed, Stored, find_packed
+from jaxpeft.models.packed_files import Packed, find_packed
+from jaxpeft.models.packed_methods import Stored
 from jaxpeft.quant.formats import dequantize
 
 WEIGHTS = "model.safetensors"
@@ -126,12 +128,13 @@ def _weight_files(directory: Path) -> list[Path]:
 def _tensors(path: Path) -> dict[str, Stored]:
     """The tensors of a file; they are read when asked for."""
     opened, names = _open(path)
+    header = functools.cache(lambda: _header(path))
 
     def stored(name: str) -> Stored:
         part = opened.get_slice(name)
         kind = _FLOAT8.get(part.get_dtype())
         plain = lambda: opened.get_tensor(name)  # noqa: E731
-        read = plain if kind is None else lambda: _read_float8(path, name, kind)
+        read = plain if kind is None else lambda: _read_float8(path, *header(), name, kind)
         return Stored(tuple(part.get_shape()), read, str(path))
 
     return {name: stored(name) for name in names}
@@ -145,14 +148,20 @@ _FLOAT8 = {
 }
 
 
-def _read_float8(path: Path, name: str, dtype: Any) -> np.ndarray:
-    """A tensor from the bytes of a file whose header safetensors has checked."""
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors of a file start, and its header, which safetensors has checked."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        about = json.loads(file.read(size))[name]
-        start, end = about["data_offsets"]
-        file.seek(8 + size + start)
-        return np.frombuffer(file.read(end - start), dtype).reshape(about["shape"])
+        return 8 + size, json.loads(file.read(size))
+
+
+def _read_float8(
+    path: Path, first: int, header: Mapping[str, Any], name: str, dtype: Any
+) -> np.ndarray:
+    start, end = header[name]["data_offsets"]
+    with path.open("rb") as file:
+        file.seek(first + start)
+        return np.frombuffer(file.read(end - start), dtype).reshape(header[name]["shape"])
 
 
 def _open(path: Path):

@@ -42,10 +42,11 @@ def load(
     no more than one layer of one weight is dense.
 
     Directories may hold packed weights themselves (`quantization_config` in config.json):
-    bitsandbytes, GPTQ, AWQ, compressed-tensors and fp8. So may .gguf files. `quantize=None` makes
-    them dense, `"keep"` does not. The layers of a stack share one format; where a file mixes them
-    (Q4_K_M does) that weight becomes dense, with a warning which says how to pack it.
-    Activations stay floats, whatever the files say of them.
+    bitsandbytes, GPTQ and AWQ (4 bits, and GPTQ 8), auto-round, compressed-tensors, ModelOpt (fp8
+    and NVFP4) and fp8. So may .gguf files. `quantize=None` makes them dense, `"keep"` does not. The
+    layers of a stack share one format; where a file mixes them (Q4_K_M does) that weight becomes
+    dense, with a warning which says how to pack it. Activations stay floats, whatever the files say
+    of them.
 
     Args:
         directory: holds `config.json` and safetensors (one file, or shards with their index), or

@@ -12,6 +12,7 @@ from jaxpeft.quant.formats import (
     GGUF,
     Format,
     Int4,
+    Integer,
     LLMInt8,
     Quantized,
     to_awq,
@@ -26,7 +27,7 @@ Arrays = dict[str, np.ndarray]
 METHODS = {
     "bitsandbytes": ("nf4", "fp4", "llm_int8"),
     "compressed-tensors": ("int4", "int8", "fp8", "mxfp4", "nvfp4"),
-    "gptq": ("int4",),
+    "gptq": ("int4", "int8"),
     "awq": ("int4",),
 }
 
@@ -225,17 +226,35 @@ def _pattern(name: Name) -> str:
 
 
 def _gptq(layers: Layers) -> Writer:
-    fmt: Int4 = _one(layers, "a GPTQ directory")
+    fmt: Integer = _one(layers, "a GPTQ directory")
+    # GPTQModel refuses zero points in files of version 1 that others have written.
+    version = 1 if fmt.symmetric else 2
     config = {
         "quant_method": "gptq",
-        "checkpoint_format": "gptq",
-        "bits": 4,
+        "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
+        "bits": fmt.bits,
         "group_size": fmt.block or -1,
         "sym": fmt.symmetric,
         "desc_act": fmt.indexed,
+        "lm_head": any(name.tensor == "lm_head.weight" for name, _ in layers.packed),
+        "modules_in_block_to_quantize": [_inside_blocks(layers)],
+        **_left_dense(layers),
+    }
+    return Writer(config, lambda weight: to_gptq(weight, version=version))
+
+
+def _inside_blocks(layers: Layers) -> list[str]:
+    """The packed modules, as they are called in their layer: what optimum looks for."""
+    modules = (name.tensor.removesuffix(".weight") for name, _ in layers.packed)
+    return [module.partition("{layer}.")[2] for module in modules if "{layer}." in module]
+
+
+def _left_dense(layers: Layers) -> dict[str, Any]:
+    """The modules without packed weights, as GPTQModel has it and as others do."""
+    return {
+        "dynamic": {f"-:^{re.escape(module)}$": {} for module in layers.dense},
         "modules_to_not_convert": layers.dense,
     }
-    return Writer(config, to_gptq)
 
 
 def _awq(layers: Layers) -> Writer:
@@ -246,7 +265,7 @@ def _awq(layers: Layers) -> Writer:
         "bits": 4,
         "group_size": fmt.block or -1,
         "zero_point": not fmt.symmetric,
-        "modules_to_not_convert": layers.dense,
+        **_left_dense(layers),
     }
     return Writer(config, to_awq)
 

@@ -63,7 +63,8 @@ def save(
         tokenizer_from: the Hugging Face directory or GGUF file whose tokenizer to save along; for
             a .gguf file, the one that the model came from, whose metadata it gets.
         shard_bytes: a larger model is split into several files of at most about this size.
-        quant_method: "gptq" or "awq" for int4 weights, in place of compressed-tensors.
+        quant_method: "gptq" for int4 and int8 weights, or "awq" for int4, in place of
+            compressed-tensors. Their scales have to be float16 or bfloat16.
 
     Raises:
         ValueError: the weights do not fit the model, have no dtype that transformers reads, or

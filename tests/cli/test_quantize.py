@@ -3,6 +3,7 @@
 import shutil
 import warnings
 
+import jax
 import numpy as np
 import peft
 import pytest
@@ -141,6 +142,16 @@ def test_formats_that_are_not_there(jaxpeft, tiny_model, data, text, message):
     for args in (("finetune", tiny_model, data), ("generate", tiny_model, "--prompt", "a")):
         result = jaxpeft(*args, "--quantize", text)
         assert result.code == 2 and message in result.err
+
+
+def test_files_of_gptq_have_scales_in_float16(jaxpeft, tiny_model, tmp_path):
+    args = ("--format", "int8:block=32", "--method", "gptq")
+    result = jaxpeft("quantize", tiny_model, tmp_path / "packed", *args)
+    assert result.code == 0, result.err
+    _, params = models.load(tmp_path / "packed", quantize="keep")
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, quant.QuantizedWeight))
+    found = {leaf.format for leaf in leaves if isinstance(leaf, quant.QuantizedWeight)}
+    assert found == {quant.int8(32, scale="float16")}
 
 
 def test_keep_needs_something_to_keep(jaxpeft, tiny_model):

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 import jaxpeft as jp
 from jaxpeft.models import load
-from jaxpeft.models.packed_files import Stored, find_packed
+from jaxpeft.models.packed_files import find_packed
+from jaxpeft.models.packed_methods import Stored
 from tests.models.packed import (
     TOKENS,
     by_bitsandbytes,
@@ -338,7 +339,7 @@ def test_codes_without_scales_are_no_weights(dense, tmp_path):
         (dict(quant_method="gptq", bits=4, group_size=64, sym=False), "'scale' of Int4"),
         (dict(quant_method="gptq", bits=4, group_size=32, sym=True), "zero points are not all 8"),
         (dict(quant_method="gptq", bits=4), "KeyError.*group_size"),
-        (dict(quant_method="awq", bits=4, version="gemv"), "version='gemv'"),
+        (dict(quant_method="awq", bits=4, version="gemv_fast"), "version='gemv_fast'"),
         (dict(quant_method="awq", bits=4, group_size=32), r"has shape \(128, 8\)"),
     ],
 )

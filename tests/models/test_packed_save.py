@@ -93,15 +93,27 @@ def test_what_transformers_keeps_dense_of_a_t5(tmp_path):
         save(tmp_path / "packed", model, params)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_integers_go_into_gptq_and_awq(dense, tmp_path, method):
-    fmt = jp.quant.int4(32, symmetric=method == "gptq", scale="float16")
+@pytest.mark.parametrize(
+    ("method", "fmt"),
+    [
+        ("gptq", jp.quant.int4(32, scale="float16")),
+        ("gptq", jp.quant.int8(32, symmetric=False, scale="bfloat16")),
+        ("awq", jp.quant.int4(32, symmetric=False, scale="float16")),
+    ],
+    ids=str,
+)
+def test_integers_go_into_gptq_and_awq(dense, tmp_path, method, fmt):
+    """The tools read these: tests/third_party/test_quantizers.py."""
     model, params = load(dense, quantize=jp.rules((SOME, fmt)))
     save(tmp_path, model, params, quant_method=method)
     assert same(load(tmp_path, quantize="keep")[1], params)
     said = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert said["quant_method"] == method and said["group_size"] == 32
     assert "model.layers.1.mlp.down_proj" in said["modules_to_not_convert"]
+    assert said["dynamic"][r"-:^model\.layers\.1\.mlp\.down_proj$"] == {}
+    if method == "gptq":
+        assert said["checkpoint_format"] == ("gptq" if fmt.symmetric else "gptq_v2")
+        assert said["modules_in_block_to_quantize"] == [["self_attn.q_proj", "mlp.up_proj"]]
 
 
 def test_shards_name_all_parts(dense, tmp_path):

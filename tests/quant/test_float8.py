@@ -91,6 +91,20 @@ def test_tiles_of_a_file_are_those_of_its_rows_and_columns():
         to_fp8(Quantized(cut, weight_.format, (IN, OUT - 3)))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float8_e8m0fnu])
+def test_a_last_tile_that_is_short(dtype):
+    """Of 100 inputs in tiles of 64: both sides of the file are cut."""
+    random = np.random.default_rng(0)
+    codes = random.standard_normal((OUT, 100)).astype(jnp.float8_e4m3fn)
+    scale = random.uniform(0.1, 9, (3, 2)).astype(dtype)
+    weight_ = from_fp8({"weight": codes, "weight_scale_inv": scale}, tile=(64, 5))
+    expected = codes.astype(np.float64)
+    for i, j in np.ndindex(3, 2):
+        expected[i * 5 : i * 5 + 5, j * 64 : j * 64 + 64] *= float(scale[i, j])
+    np.testing.assert_allclose(dequantize(*weight_), expected.T, rtol=1e-6)
+    assert weight_.format.tile == (4, 5)
+
+
 def test_layers_have_scales_of_their_own():
     w = np.stack([weight(), 100 * weight(1)])
     for fmt in FORMATS:

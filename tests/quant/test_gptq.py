@@ -10,6 +10,7 @@ from jaxpeft.quant.formats import (
     from_gptq,
     int4,
     int8,
+    nf4,
     quantize,
     to_awq,
     to_gptq,
@@ -40,8 +41,8 @@ def gptq_by_definition(arrays, version, index):
     for i in range(IN):
         for j in range(OUT):
             q = nibble(arrays["qweight"][i // 8, j], i % 8)
-            z = nibble(arrays["qzeros"][index[i], j // 8], j % 8)
-            z = (z + 1) % 16 if version == 1 else z
+            word = int(arrays["qzeros"][index[i], j // 8]) + (0x11111111 if version == 1 else 0)
+            z = nibble(word % 2**32, j % 8)
             w[i, j] = float(arrays["scales"][index[i], j]) * (q - z)
     return w
 
@@ -150,9 +151,14 @@ def test_what_files_cannot_hold_is_refused():
     with pytest.raises(ValueError, match="Write this weight with to_gptq"):
         to_awq(from_gptq(arrays, **ANY, indexed=True))
     wide = np.ones((IN, 12), np.float32)
+    fmt = int4(32, scale="float16")
     with pytest.raises(ValueError, match="12 codes does not fill words of 8"):
-        to_awq(Quantized(quantize(wide, int4(32)), int4(32), wide.shape))
-    with pytest.raises(ValueError, match="no int4 matrix"):
-        to_gptq(Quantized(quantize(wide, int8()), int8(), wide.shape))
+        to_awq(Quantized(quantize(wide, fmt), fmt, wide.shape))
+    with pytest.raises(ValueError, match=r"these are float32. Quantize with int4\(scale='float16'"):
+        to_gptq(Quantized(quantize(wide, int4(32)), int4(32), wide.shape))
+    with pytest.raises(ValueError, match="no int4 or int8 matrix"):
+        to_gptq(Quantized(quantize(wide, nf4()), nf4(), wide.shape))
+    with pytest.raises(ValueError, match="is not int4, which AWQ files hold"):
+        to_awq(Quantized(quantize(wide, int8()), int8(), wide.shape))
     with pytest.raises(ValueError, match="indexed=False"):
         quantize(wide, from_gptq(arrays, **ANY, indexed=True).format)

@@ -34,6 +34,7 @@ from jaxpeft.quant.formats.gptq import to_awq as to_awq
 from jaxpeft.quant.formats.gptq import to_gptq as to_gptq
 from jaxpeft.quant.formats.integer import Int4 as Int4
 from jaxpeft.quant.formats.integer import Int8 as Int8
+from jaxpeft.quant.formats.integer import Integer as Integer
 from jaxpeft.quant.formats.integer import int4 as int4
 from jaxpeft.quant.formats.integer import int8 as int8
 from jaxpeft.quant.formats.llm_int8 import LLMInt8 as LLMInt8

@@ -1,8 +1,8 @@
 r"""compressed-tensors' files (llm-compressor, vLLM), to and from packed arrays.
 
 A file's configuration gives each layer a `format` and a dict of options for `weights`. Read here
-are the formats pack-quantized (int4 and int8 in int32 words), int-quantized, float-quantized and
-naive-quantized (bytes), mxfp4-pack-quantized and nvfp4-pack-quantized.
+are the formats pack-quantized (int4 and int8 in int32 words), int-quantized, float-quantized,
+naive-quantized and mxfp8-quantized (bytes), mxfp4-pack-quantized and nvfp4-pack-quantized.
 """
 
 from __future__ import annotations
@@ -13,15 +13,28 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxpeft.quant.formats.base import Quantized, Shape, check
-from jaxpeft.quant.formats.blocks import pack_nibbles
-from jaxpeft.quant.formats.float8 import Float8, from_fp8, to_fp8
+from jaxpeft.quant.formats.float8 import Float8, check_tiles, from_fp8, to_fp8
 from jaxpeft.quant.formats.fp4_files import from_mxfp4, from_nvfp4, to_fp4
-from jaxpeft.quant.formats.integer import Int4, Int8, Integer, block_index, check_codes
+from jaxpeft.quant.formats.integer import (
+    KINDS,
+    Integer,
+    block_index,
+    check_codes,
+    stored,
+    unsigned,
+)
 from jaxpeft.quant.formats.micro import MXFP4, NVFP4
-from jaxpeft.quant.formats.words import named, pack_words, unpack_words, words_of
+from jaxpeft.quant.formats.words import (
+    matrix,
+    named,
+    pack_words,
+    unpack_words,
+    whole_blocks,
+    words_of,
+)
 
 Arrays = dict[str, np.ndarray]
-BYTES = ("int-quantized", "float-quantized", "naive-quantized")
+BYTES = ("int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized")
 FORMATS = ("pack-quantized", *BYTES, "mxfp4-pack-quantized", "nvfp4-pack-quantized")
 
 
@@ -68,8 +81,8 @@ def from_compressed_tensors(
         return from_nvfp4(*named(arrays, *names), inverse=True)
     kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
     if kind == "float" and bits == 8 and format in BYTES:
-        return from_fp8(arrays, tile=_tile(weights))
-    if kind != "int" or bits not in (4, 8) or (bits == 4 and format in BYTES):
+        return from_fp8(arrays, tile=_float_tile(weights))
+    if kind != "int" or bits not in KINDS:
         raise ValueError(
             f"type={kind!r} with num_bits={bits!r} in {format!r} is not known. Load this weight "
             "dense, with compressed-tensors."
@@ -115,69 +128,89 @@ def to_compressed_tensors(weight: Quantized) -> Compressed:
 def _from_integers(
     arrays: Mapping[str, Any], weights: Mapping[str, Any], format: str, bits: int
 ) -> Quantized:
-    packed_file, symmetric = format == "pack-quantized", bool(weights.get("symmetric", True))
-    codes = _packed(arrays, bits) if packed_file else _bytes(arrays)
-    out, rows = codes.shape
-    (scale,) = named(arrays, "weight_scale")
-    if weights.get("strategy") == "tensor":
-        scale = np.broadcast_to(scale.reshape(1, 1), (out, 1))
-    block = weights.get("group_size") if weights.get("strategy") == "group" else None
-    index = arrays.get("weight_g_idx")
-    make = Int4 if bits == 4 else Int8
-    fmt = make(block, symmetric, str(scale.dtype), index is not None)
-    packed: dict[str, Any] = {"codes": _ours(codes.T, fmt), "scale": scale.T}
-    if not symmetric:
-        packed["zero"] = _zero(arrays, scale.shape, bits, packed_file, weights).T
+    words, symmetric = format == "pack-quantized", bool(weights.get("symmetric", True))
+    codes = _from_words(arrays, bits) if words else _from_bytes(arrays, bits)
+    shape = codes.shape[::-1]
+    scale = _for_outputs(named(arrays, "weight_scale")[0], weights, shape).T
+    zero = None if symmetric else _zero_points(arrays, weights, shape, bits, words).T
+    block, strategy = None, _strategy(weights)
+    if strategy in ("group", "block"):
+        given = int(weights["group_size"]) if strategy == "group" else _tile(weights)[0]
+        block, scale = whole_blocks(given, shape[0], scale)
+        zero = None if zero is None else whole_blocks(given, shape[0], zero)[1]
+    index = _row_blocks(arrays)
+    fmt = KINDS[bits](block, symmetric, str(scale.dtype), index is not None)
+    packed: dict[str, Any] = {"codes": stored(codes.T, fmt), "scale": scale}
+    packed |= {} if zero is None else {"zero": zero}
     if index is not None:
-        packed["index"] = block_index("weight_g_idx", index, rows, fmt)[:, None]
-    check(packed, fmt, (rows, out))
-    return Quantized(packed, fmt, (rows, out))
+        packed["index"] = block_index("weight_g_idx", index, shape[0], fmt)[:, None]
+    check(packed, fmt, shape)
+    return Quantized(packed, fmt, shape)
 
 
-def _packed(arrays: Mapping[str, Any], bits: int) -> np.ndarray:
+def _strategy(weights: Mapping[str, Any]) -> str:
+    """What shares a scale; a file that does not say it has groups, channels or one scale."""
+    size = weights.get("group_size")
+    implied = "tensor" if size is None else "channel" if size == -1 else "group"
+    return weights.get("strategy") or implied
+
+
+def _from_words(arrays: Mapping[str, Any], bits: int) -> np.ndarray:
     """Unsigned codes (out, in) from words along `in`."""
     words, sides = named(arrays, "weight_packed", "weight_shape")
     out, rows = (int(n) for n in sides)
-    words_of(words, "weight_packed", (out, -(-rows * bits // 32)))
-    return _unsigned(words, bits)[:, :rows]
+    words_of(words, "weight_packed", (out, -(-rows * bits // 32)), bits)
+    return unpack_words(words, 1, bits=bits)[:, :rows]
 
 
-def _unsigned(words: np.ndarray, bits: int) -> np.ndarray:
-    """The 4 or 8-bit codes of the words of each row, the lowest bits first."""
-    if bits == 4:
-        return unpack_words(words, axis=1)
-    return np.ascontiguousarray(words).astype("<i4").view(np.uint8)
-
-
-def _bytes(arrays: Mapping[str, Any]) -> np.ndarray:
+def _from_bytes(arrays: Mapping[str, Any], bits: int) -> np.ndarray:
+    """Unsigned codes (out, in) from signed ones, a byte each."""
     (codes,) = named(arrays, "weight")
+    most = 2 ** (bits - 1)
     if codes.dtype != np.int8 or codes.ndim != 2:
         raise ValueError(
             f"'weight' is {codes.dtype}{codes.shape}, but integers are int8 (out, in). Check "
             "format and type in the configuration."
         )
-    return codes.view(np.uint8) ^ np.uint8(128)
+    if bits < 8 and (codes.min(initial=0) < -most or codes.max(initial=0) >= most):
+        raise ValueError(
+            f"'weight' has integers from {codes.min()} to {codes.max()}, but {bits} bits reach "
+            f"from {-most} to {most - 1}. Check num_bits in the configuration."
+        )
+    return _shifted(codes, bits)
 
 
-def _zero(
-    arrays: Mapping[str, Any],
-    shape: Shape,
-    bits: int,
-    packed_file: bool,
-    weights: Mapping[str, Any],
+def _shifted(signed: np.ndarray, bits: int) -> np.ndarray:
+    """Unsigned codes from signed ones."""
+    return (signed.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
+
+
+def _zero_points(
+    arrays: Mapping[str, Any], weights: Mapping[str, Any], shape: Shape, bits: int, words: bool
 ) -> np.ndarray:
-    """Unsigned zero points (out, groups); a file packs them along `out`."""
+    """Unsigned zero points (out, groups); files of words pack them along `out`."""
     (zero,) = named(arrays, "weight_zero_point")
-    if packed_file and weights.get("strategy") in ("group", "channel"):
-        words_of(zero, "weight_zero_point", (-(-shape[0] * bits // 32), shape[1]))
-        return _unsigned(np.ascontiguousarray(zero.T), bits)[:, : shape[0]].T
-    return np.broadcast_to(zero.astype(np.int8).view(np.uint8) ^ np.uint8(1 << (bits - 1)), shape)
+    if not words or _strategy(weights) not in ("group", "channel"):
+        return _for_outputs(_shifted(zero, bits), weights, shape)
+    matrix(zero, "weight_zero_point")
+    words_of(zero, "weight_zero_point", (-(-shape[1] * bits // 32), zero.shape[1]), bits)
+    return unpack_words(zero, 0, bits=bits)[: shape[1]]
 
 
-def _ours(codes: np.ndarray, fmt: Integer) -> np.ndarray:
-    if fmt.bits == 4:
-        return pack_nibbles(codes)
-    return (codes ^ np.uint8(128)).view(np.int8) if fmt.symmetric else codes
+def _for_outputs(array: np.ndarray, weights: Mapping[str, Any], shape: Shape) -> np.ndarray:
+    """Scales or zero points (out, groups), also where several outputs share them."""
+    if _strategy(weights) == "tensor":
+        return np.broadcast_to(array.reshape(1, 1), (shape[1], 1))
+    if _strategy(weights) == "block":
+        check_tiles(array, shape, _tile(weights))
+        return array[np.arange(shape[1]) // _tile(weights)[1]]
+    return matrix(array, "weight_scale or weight_zero_point")
+
+
+def _row_blocks(arrays: Mapping[str, Any]) -> np.ndarray | None:
+    """The group of each row, where the file has one; -1 throughout stands for none."""
+    index = arrays.get("weight_g_idx")
+    return None if index is None or (np.asarray(index) == -1).all() else np.asarray(index)
 
 
 def _to_integers(weight: Quantized, fmt: Integer) -> Compressed:
@@ -186,14 +219,12 @@ def _to_integers(weight: Quantized, fmt: Integer) -> Compressed:
     check_codes(fmt)
     scale = np.ascontiguousarray(np.asarray(packed["scale"]).T)
     arrays: Arrays = {"weight_scale": scale}
-    codes = np.asarray(packed["codes"]).T
+    codes = unsigned(np.asarray(packed["codes"]), fmt).T
     if fmt.bits == 4:
-        both = np.stack([codes & 15, codes >> 4], axis=-1).reshape(shape[::-1])
-        arrays["weight_packed"] = _words(both)
+        arrays["weight_packed"] = _words(codes)
         arrays["weight_shape"] = np.array(shape[::-1], np.int64)
     else:
-        signed = codes if fmt.symmetric else (codes ^ np.uint8(128)).view(np.int8)
-        arrays["weight"] = np.ascontiguousarray(signed)
+        arrays["weight"] = np.ascontiguousarray((codes ^ np.uint8(128)).view(np.int8))
     if not fmt.symmetric:
         zero = np.asarray(packed["zero"]).T
         signed = (zero ^ np.uint8(128)).view(np.int8)
@@ -202,6 +233,8 @@ def _to_integers(weight: Quantized, fmt: Integer) -> Compressed:
         arrays["weight_g_idx"] = np.asarray(packed["index"])[:, 0]
     weights = {"num_bits": fmt.bits, "type": "int", "symmetric": fmt.symmetric}
     weights |= {"strategy": "group" if fmt.block else "channel", "group_size": fmt.block}
+    if fmt.indexed:
+        weights["actorder"] = "group"
     return Compressed(arrays, weights, "pack-quantized" if fmt.bits == 4 else "int-quantized")
 
 
@@ -210,14 +243,16 @@ def _words(codes: np.ndarray) -> np.ndarray:
     return pack_words(np.pad(codes, [(0, 0), (0, -codes.shape[-1] % 8)]), axis=1)
 
 
-def _tile(weights: Mapping[str, Any]) -> tuple[int, int] | None:
+def _tile(weights: Mapping[str, Any]) -> tuple[int, int]:
     """(inputs, outputs) that share a scale, from `block_structure` (outputs, inputs)."""
-    if weights.get("strategy") == "group":
-        return int(weights["group_size"]), 1
-    if weights.get("strategy") == "block":
-        outputs, inputs = weights["block_structure"]
-        return int(inputs), int(outputs)
-    return None
+    outputs, inputs = weights["block_structure"]
+    return int(inputs), int(outputs)
+
+
+def _float_tile(weights: Mapping[str, Any]) -> tuple[int, int] | None:
+    if _strategy(weights) == "block":
+        return _tile(weights)
+    return (int(weights["group_size"]), 1) if _strategy(weights) == "group" else None
 
 
 def _to_floats(weight: Quantized, fmt: Float8) -> Compressed:

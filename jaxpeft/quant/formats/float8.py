@@ -31,7 +31,7 @@ from jaxpeft.quant.formats.base import (
     spec,
     split,
 )
-from jaxpeft.quant.formats.words import named
+from jaxpeft.quant.formats.words import named, whole_blocks
 
 Array = jax.Array
 KINDS = {"e4m3fn": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
@@ -139,7 +139,8 @@ def from_fp8(arrays: Mapping[str, Any], *, tile: tuple[int, int] | None = None) 
     Args:
         arrays: `"weight"` of a float8 dtype (out, in), and `"weight_scale"` or (DeepSeek's name
             for the same factor) `"weight_scale_inv"`: a number, (out, 1), or (out / b, in / a).
-        tile: (a, b) for the last of these; None for the others.
+        tile: (a, b) for the last of these; None for the others. Where `a` does not divide `in`,
+            the result has smaller tiles of the same values.
 
     Returns:
         `Quantized(packed, format, shape)` of the kernel (in, out), numpy arrays.
@@ -159,17 +160,23 @@ def from_fp8(arrays: Mapping[str, Any], *, tile: tuple[int, int] | None = None) 
         raise ValueError(
             f"'weight' is {codes.dtype}{codes.shape}; use float8_e4m3fn or float8_e5m2 (out, in)."
         )
-    shape, scale = codes.shape[::-1], scale.astype(np.float32)
+    shape, scale = codes.shape[::-1], _as_float32(scale)
     if tile is not None:
-        fmt = Float8(kinds[codes.dtype], "block", tile)
-        _check_tiles(scale, shape, tile)
-        scale = np.repeat(scale, tile[1], axis=0)[: shape[1]].T
+        check_tiles(scale, shape, tile)
+        block, scale = whole_blocks(tile[0], shape[0], scale[np.arange(shape[1]) // tile[1]].T)
+        fmt = Float8(kinds[codes.dtype], "block", (block, tile[1]))
     else:
         fmt = Float8(kinds[codes.dtype], "tensor" if scale.size == 1 else "channel")
         scale = scale.reshape(1, -1)
     packed = {"codes": codes.T, "scale": scale}
     check(packed, fmt, shape)
     return Quantized(packed, fmt, shape)
+
+
+def _as_float32(scale: np.ndarray) -> np.ndarray:
+    """Scales of a file; bytes are the biased exponents of MXFP8 (E8M0)."""
+    exponents = scale.view(jnp.float8_e8m0fnu) if scale.dtype == np.uint8 else scale
+    return exponents.astype(np.float32)
 
 
 def to_fp8(weight: Quantized) -> dict[str, np.ndarray]:
@@ -200,10 +207,15 @@ def to_fp8(weight: Quantized) -> dict[str, np.ndarray]:
     return arrays | {"weight_scale_inv": tiles}
 
 
-def _check_tiles(scale: np.ndarray, shape: Shape, tile: tuple[int, int]) -> None:
-    want = (-(-shape[1] // tile[1]), -(-shape[0] // tile[0]))
+def check_tiles(scale: np.ndarray, shape: Shape, tile: tuple[int, int]) -> None:
+    """Refuses scales (out / b, in / a) that are not one for each tile (a, b) of a weight (in, out).
+
+    Raises:
+        ValueError: as said there.
+    """
+    want = (-(-shape[1] // tile[1]), -(-shape[0] // tile[0])) if min(tile) > 0 else None
     if scale.shape != want:
         raise ValueError(
             f"scales {scale.shape} do not meet a weight {shape[::-1]} (out, in) in tiles of "
-            f"{tile[1]} x {tile[0]}, which has {want}. Check weight_block_size."
+            f"{tile[1]} x {tile[0]}, which has {want}. Check weight_block_size or block_structure."
         )

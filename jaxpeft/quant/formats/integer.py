@@ -178,6 +178,21 @@ def check_codes(fmt: Integer) -> None:
         )
 
 
+def stored(codes: np.ndarray, fmt: Integer) -> np.ndarray:
+    """Codes 0 .. 2^bits - 1 of a file (in, out) as packed arrays have them."""
+    if fmt.bits == 4:
+        return blocks.pack_nibbles(codes)
+    return (codes ^ np.uint8(128)).view(np.int8) if fmt.symmetric else codes
+
+
+def unsigned(codes: np.ndarray, fmt: Integer) -> np.ndarray:
+    """The inverse of `stored`."""
+    if fmt.bits == 4:
+        halves = np.stack([codes & 15, codes >> 4], axis=1)
+        return halves.reshape(2 * codes.shape[0], codes.shape[1])
+    return codes.view(np.uint8) ^ np.uint8(128) if fmt.symmetric else codes
+
+
 def block_index(name: str, index: Any, rows: int, fmt: Integer) -> np.ndarray:
     """The block of each row, int32 `(rows,)`, from a file's tensor of this name.
 
@@ -187,9 +202,10 @@ def block_index(name: str, index: Any, rows: int, fmt: Integer) -> np.ndarray:
     index, last = np.asarray(index), (rows - 1) // (fmt.block or rows)
     whole = index.shape == (rows,) and index.dtype.kind in "iu"
     if not whole or index.min() < 0 or index.max() > last:
+        reach = f" from {index.min()} to {index.max()}" if index.size else ""
         raise ValueError(
-            f"{name!r} is {index.dtype}{index.shape} from {index.min()} to {index.max()}; "
-            f"{rows} rows need {rows} numbers from 0 to {last}. Check group_size."
+            f"{name!r} is {index.dtype}{index.shape}{reach}; {rows} rows need {rows} numbers from "
+            f"0 to {last}. Check group_size."
         )
     return index.astype(np.int32)
 
@@ -202,6 +218,9 @@ class Int8(Integer):
 class Int4(Integer):
     name = "int4"
     bits = 4
+
+
+KINDS: dict[int, type[Integer]] = {4: Int4, 8: Int8}
 
 
 def int8(block: int | None = None, *, symmetric: bool = True, scale: str = "float32") -> Int8:
