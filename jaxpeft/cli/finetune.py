@@ -12,14 +12,14 @@ from jaxpeft.cli import models as common
 from jaxpeft.cli.adapters import save_adapter
 from jaxpeft.cli.formats import packed_as, quantization
 from jaxpeft.cli.options import Options, check, spec_of, write_options
-from jaxpeft.cli.tunings import peak_rate, policy, tuning
+from jaxpeft.cli.tunings import in_dtype, is_offloaded, peak_rate, policy, tuning
 
 # Options that have to be the same for a run to continue. What is not here nor in `fingerprint` may
-# differ: where files are, how often to evaluate and save, and remat, which changes no more than on
-# some devices the last bits.
+# differ: where files are, how often to evaluate and save, and remat and offload, which change the
+# last bits at most.
 _IDENTITY = (
-    "model", "targets", "schedule", "warmup", "optimizer", "weight_decay", "clip_norm",
-    "accumulate", "seed", "dtype", "quantize",
+    "model", "targets", "schedule", "warmup", "optimizer", "adapter_dtype", "weight_decay",
+    "clip_norm", "accumulate", "seed", "dtype", "quantize",
 )  # fmt: skip
 
 
@@ -85,6 +85,7 @@ def _check_output(options: Options) -> None:
 def _load(path: Path, options: Options, console: Console) -> tuple[Any, Any]:
     import jax.numpy as jnp
 
+    import jaxpeft as jp
     from jaxpeft import models
 
     with console.status(f"Loading {path.name}"):
@@ -94,6 +95,8 @@ def _load(path: Path, options: Options, console: Console) -> tuple[Any, Any]:
             quantize=quantization(options.quantize),
             task="causal-lm",
         )
+        if is_offloaded("weights", options.offload):
+            params = jp.offload(params)
     model.remat = policy(options.remat)
     return model, params
 
@@ -134,7 +137,8 @@ def _tuned(model: Any, params: Any, options: Options) -> tuple[Any, Any]:
 
     tuned = jp.transform(model, tuning(spec_of(options), options.targets, model))
     tokens = jax.ShapeDtypeStruct((1, 8), "int32")
-    return tuned, tuned.init(jax.random.key(options.seed), params, tokens)
+    adapter = tuned.init(jax.random.key(options.seed), params, tokens)
+    return tuned, in_dtype(tuned, adapter, options.adapter_dtype)
 
 
 def _train(options: Options, tuned: Any, adapter: Any, params: Any, data: Data, steps: int) -> Any:
@@ -150,14 +154,23 @@ def _train(options: Options, tuned: Any, adapter: Any, params: Any, data: Data, 
         weight_decay=options.weight_decay,
         clip_norm=options.clip_norm or None,
     )
+    if is_offloaded("optimizer", options.offload):
+        optimizer = train.offload(optimizer)
     trainable, loss_fn = tuned.trainable(adapter), train.causal_lm_loss(tuned.apply)
     state = train.init_state(adapter, optimizer, jax.random.key(options.seed), trainable=trainable)
     same = fingerprint(options, data, steps)
     if options.resume:
         checkpoints = options.output / "checkpoints"
         state = train.restore(checkpoints, state, fingerprint=same)
+    step = train.make_step(
+        loss_fn,
+        optimizer,
+        trainable=trainable,
+        micro_batches=options.accumulate,
+        stochastic_rounding=options.adapter_dtype != "float32",
+    )
     return train.fit(
-        train.make_step(loss_fn, optimizer, trainable=trainable, micro_batches=options.accumulate),
+        step,
         state,
         params,
         data.train,

@@ -81,9 +81,11 @@ def _layers(path: str, leaf: Any) -> bool:
 def packed_as(tree: Any) -> str:
     """How quantized weights are held, for people: their formats and the size of all weights."""
     from jaxpeft.quant import QuantizedWeight
+    from jaxpeft.quant.formats.host import on_device
 
     leaves = common.weights(tree)
-    names = {leaf.format.name for leaf in leaves if isinstance(leaf, QuantizedWeight)}
+    formats = [on_device(leaf.format) for leaf in leaves if isinstance(leaf, QuantizedWeight)]
+    names = {form.name for form in formats if form is not None}
     if not names:
         return ""
     size = common.megabytes(sum(leaf.nbytes for leaf in leaves))

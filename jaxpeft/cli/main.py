@@ -61,7 +61,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if not _is_message(error):
             raise
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)

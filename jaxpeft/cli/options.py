@@ -8,7 +8,7 @@ import tyro
 
 from jaxpeft.cli.formats import Quantize, quantization
 from jaxpeft.cli.models import DTYPES
-from jaxpeft.cli.tunings import Remat, specification
+from jaxpeft.cli.tunings import Narrow, Offload, Remat, Rule, specification
 
 Text = tyro.conf.Positional[str]
 Integer = Annotated[int | None, tyro.conf.arg(metavar="INT")]
@@ -38,6 +38,8 @@ class Options:
         schedule: how the learning rate falls after the warmup.
         warmup: steps over which the learning rate rises from 0.
         optimizer: the update rule; adamw8bit keeps AdamW's state in bytes.
+        adapter_dtype: of the trained parameters. In bfloat16 they take half the memory, and updates
+            are rounded stochastically, so that small ones are not lost.
         weight_decay: decoupled, multiplied by the learning rate.
         clip_norm: largest norm of the gradient; 0 for no limit.
         batch_size: examples in a step.
@@ -51,11 +53,13 @@ class Options:
         save_every: write a checkpoint every so many steps, and at the end.
         keep: number of checkpoints to keep.
         resume: continue from the newest checkpoint in the output directory, to the same bits. Only
-            the options of files, evaluation, save-every, keep and remat may have changed since.
+            the options of files, evaluation, save-every, keep, remat and offload may differ.
         seed: of the adapter's start, the order of the examples and the dropout.
         remat: what the backward pass finds kept of a layer: its projections' outputs; only the
             layer's input ("layers"), for a third more time; or everything ("none").
-        dtype: of the frozen weights; the adapter is float32.
+        offload: what waits in host memory and is on the device only while it is used: the frozen
+            "weights", a layer at a time; the state of the "optimizer"; or "all" of these.
+        dtype: of the frozen weights.
         quantize: pack the frozen linear layers, such as nf4 (QLoRA), int8 or int4:block=64; or
             "keep" for a model whose files hold them packed, which else become dense.
         cache: where a fetched model is kept, instead of ~/.cache/jaxpeft.
@@ -73,7 +77,8 @@ class Options:
     learning_rate: Number = None
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: int = 0
-    optimizer: Literal["adamw", "adamw8bit", "lion", "sgd"] = "adamw"
+    optimizer: Rule = "adamw"
+    adapter_dtype: Narrow = "float32"
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     batch_size: int = 8
@@ -89,6 +94,7 @@ class Options:
     resume: bool = False
     seed: int = 0
     remat: Remat = "projections"
+    offload: Offload | None = None
     dtype: Dtype = "float32"
     quantize: Quantize = None
     cache: File = None

@@ -1,6 +1,6 @@
 """`jaxpeft plan`: what tuning a model would take, from its config.json alone."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -9,7 +9,16 @@ from rich.table import Table
 from jaxpeft.cli import models as common
 from jaxpeft.cli.formats import KEEP, Quantize, quantization
 from jaxpeft.cli.options import Dtype, File, Glob, Text, check_parts, check_range
-from jaxpeft.cli.tunings import Remat, policy, tuning
+from jaxpeft.cli.tunings import (
+    Narrow,
+    Offload,
+    Remat,
+    Rule,
+    in_dtype,
+    is_offloaded,
+    policy,
+    tuning,
+)
 
 
 def plan(
@@ -20,8 +29,10 @@ def plan(
     batch_size: int = 8,
     accumulate: int = 1,
     max_length: int = 512,
-    optimizer: Literal["adamw", "adamw8bit", "lion", "sgd"] = "adamw",
+    optimizer: Rule = "adamw",
+    adapter_dtype: Narrow = "float32",
     remat: Remat = "projections",
+    offload: Offload | None = None,
     dtype: Dtype = "float32",
     quantize: Quantize = None,
     cache: File = None,
@@ -39,14 +50,19 @@ def plan(
         batch_size: examples in a step.
         accumulate: work on a batch in that many parts, one after another, to save memory.
         max_length: tokens of the longest batch.
-        optimizer: the update rule.
+        optimizer: the update rule; adamw8bit keeps AdamW's state in bytes.
+        adapter_dtype: of the trained parameters.
         remat: what the backward pass finds kept of a layer: its projections' outputs; only the
             layer's input ("layers"), for a third more time; or everything ("none").
+        offload: what waits in host memory, as for `finetune`: "weights", "optimizer" or "all".
         dtype: of the frozen weights.
         quantize: pack the linear layers, as for `finetune`, such as nf4 or int8.
         cache: where a fetched model is kept, instead of ~/.cache/jaxpeft.
     """
     import jax
+
+    import jaxpeft as jp
+    from jaxpeft import train
 
     sizes = {"batch_size": batch_size, "accumulate": accumulate, "max_length": max_length}
     for name, size in sizes.items():
@@ -63,9 +79,15 @@ def plan(
         )
     decoder.remat = policy(remat)
     params = _packed(params, packing)
-    tuned, adapter = _tuned(decoder, params, method, targets)
+    if is_offloaded("weights", offload):
+        params = train.placed_shapes(jp.offload, params)
+    tuned, adapter = _tuned(decoder, params, method, targets, adapter_dtype)
+    rule = train.optimizer(1e-3, name=optimizer)
+    rule = train.offload(rule) if is_offloaded("optimizer", offload) else rule
+    rounded = adapter_dtype != "float32"
     with console.status("Compiling a step"):
-        memory = _memory(tuned, adapter, params, optimizer, batch_size, accumulate, max_length)
+        shape = (batch_size, max_length)
+        memory = _memory(tuned, adapter, params, rule, shape, accumulate, rounded)
     total, trained = common.count(params), common.trained(tuned, adapter)
     console.print(f"[bold]Plan[/]: {path}, {decoder.config.model_type}, {total:,} parameters")
     console.print(f"{trained:,} to train ({trained / total:.2%}) at {len(adapter)} sites\n")
@@ -89,34 +111,50 @@ def _packed(params: Any, packing: Any) -> Any:
     return jax.eval_shape(lambda params: jp.quantize(params, packing), params)
 
 
-def _tuned(decoder: Any, params: Any, method: str, targets: str | None) -> tuple[Any, Any]:
+def _tuned(
+    decoder: Any, params: Any, method: str, targets: str | None, dtype: str
+) -> tuple[Any, Any]:
     import jax
 
     import jaxpeft as jp
 
     tuned = jp.transform(decoder, tuning(method, targets, decoder))
-    init = lambda params: tuned.init(jax.random.key(0), params, *decoder.example())  # noqa: E731
+
+    def init(params: Any) -> Any:
+        adapter = tuned.init(jax.random.key(0), params, *decoder.example())
+        return in_dtype(tuned, adapter, dtype)
+
     return tuned, jax.eval_shape(init, params)
 
 
 def _memory(
-    tuned: Any, adapter: Any, params: Any, rule: str, rows: int, accumulate: int, length: int
+    tuned: Any,
+    adapter: Any,
+    params: Any,
+    optimizer: Any,
+    shape: tuple[int, int],
+    accumulate: int,
+    rounded: bool,
 ) -> Any:
     import jax
 
     from jaxpeft import train
 
-    optimizer = train.optimizer(1e-3, name=rule)
     trainable, loss = tuned.trainable(adapter), train.causal_lm_loss(tuned.apply)
 
     def start(adapter: Any) -> Any:
         return train.init_state(adapter, optimizer, jax.random.key(0), trainable=trainable)
 
-    step = train.make_step(loss, optimizer, trainable=trainable, micro_batches=accumulate)
-    shape = (rows, length)
+    step = train.make_step(
+        loss,
+        optimizer,
+        trainable=trainable,
+        micro_batches=accumulate,
+        stochastic_rounding=rounded,
+    )
     kinds = ("int32", "bool", "bool")
     batch = train.Batch(*(jax.ShapeDtypeStruct(shape, kind) for kind in kinds))
-    return train.step_memory(step, jax.eval_shape(start, adapter), params, batch)
+    return train.step_memory(step, train.placed_shapes(start, adapter), params, batch)
 
 
 def _table(memory: Any, kind: str) -> Table:
@@ -136,4 +174,7 @@ def _table(memory: Any, kind: str) -> Table:
         table.add_row(name, unknown if size is None else common.megabytes(size))
     table.add_section()
     table.add_row("all", common.megabytes(memory.total))
+    if memory.host:
+        table.add_section()
+        table.add_row("in host memory", common.megabytes(memory.host))
     return table

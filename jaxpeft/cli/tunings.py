@@ -3,6 +3,9 @@
 from typing import Any, Literal
 
 Remat = Literal["projections", "layers", "none"]
+Rule = Literal["adamw", "adamw8bit", "lion", "sgd"]
+Narrow = Literal["float32", "bfloat16"]
+Offload = Literal["weights", "optimizer", "all"]
 LORA_RATE = 5e-4
 RANK = 8
 
@@ -85,6 +88,23 @@ def peak_rate(rate: float | None, method: str) -> float:
     from jaxpeft import train
 
     return train.read_spec(method).rate if rate is None else rate
+
+
+def in_dtype(tuned: Any, adapter: Any, dtype: str) -> Any:
+    """The adapter, its trained leaves in a dtype."""
+    import jax
+
+    cast = lambda x, trained: x.astype(dtype) if trained else x  # noqa: E731
+    return jax.tree.map(cast, adapter, tuned.trainable(adapter))
+
+
+def is_offloaded(what: str, offload: str | None) -> bool:
+    """Whether "weights" or the "optimizer" wait in host memory.
+
+    >>> is_offloaded("weights", "all"), is_offloaded("weights", "optimizer")
+    (True, False)
+    """
+    return offload in (what, "all")
 
 
 def policy(remat: Remat) -> Any:

@@ -24,6 +24,7 @@ from jaxpeft.train.loss import causal_lm_loss as causal_lm_loss
 from jaxpeft.train.loss import cross_entropy as cross_entropy
 from jaxpeft.train.loss import next_token_loss as next_token_loss
 from jaxpeft.train.memory import StepMemory as StepMemory
+from jaxpeft.train.memory import placed_shapes as placed_shapes
 from jaxpeft.train.memory import step_memory as step_memory
 from jaxpeft.train.metrics import append_metrics as append_metrics
 from jaxpeft.train.metrics import read_metrics as read_metrics

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import peft
 import pytest
@@ -78,7 +79,8 @@ OTHER = {
     "clip_norm": 0.0, "batch_size": None, "accumulate": 2, "epochs": None, "steps": None,
     "max_length": None, "eval_data": None, "eval_fraction": None, "eval_every": None,
     "save_every": None, "keep": None, "resume": None, "seed": 1, "remat": None,
-    "dtype": "bfloat16", "quantize": "nf4", "cache": None,
+    "dtype": "bfloat16", "quantize": "nf4", "cache": None, "adapter_dtype": "bfloat16",
+    "offload": None,
 }  # fmt: skip
 
 
@@ -109,6 +111,30 @@ def test_a_run_continues_with_other_remat_and_evaluation(jaxpeft, run, tiny_mode
     )
     for name in first:
         np.testing.assert_allclose(first[name], second[name], rtol=1e-4, atol=1e-5)
+
+
+def test_with_weights_and_optimizer_in_host_memory_a_run_is_the_same(
+    jaxpeft, run, tiny_model, data, tmp_path
+):
+    config = ("--config", run / "options.yaml", "--output", tmp_path / "out", "--offload", "all")
+    result = jaxpeft("finetune", tiny_model, data, *config)
+    assert result.code == 0, result.err
+    here, there = (
+        safetensors.numpy.load_file(at / "adapter_model.safetensors")
+        for at in (run, tmp_path / "out")
+    )
+    for name in here:
+        np.testing.assert_allclose(here[name], there[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_bfloat16_adapter_over_packed_weights(jaxpeft, tiny_model, data, tmp_path):
+    options = ("--adapter-dtype", "bfloat16", "--optimizer", "adamw8bit", "--quantize", "int8")
+    output = ("--output", tmp_path, "--targets", "**/q_proj/kernel", "--accumulate", "2")
+    result = jaxpeft("finetune", tiny_model, data, *options, *output, *SHORT, "--steps", "2")
+    assert result.code == 0 and "all frozen, int8, " in result.out, result.err
+    for tensor in safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors").values():
+        narrow = tensor.astype(np.float32)
+        assert np.array_equal(narrow, narrow.astype(ml_dtypes.bfloat16)) and narrow.any()
 
 
 @pytest.mark.parametrize(

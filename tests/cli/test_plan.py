@@ -1,6 +1,7 @@
 """`jaxpeft plan`: counts against torch, and what happens where it cannot plan."""
 
 import json
+import re
 
 import pytest
 import transformers
@@ -35,6 +36,31 @@ def test_it_counts_what_peft_counts(jaxpeft, config, tiny_model, place):
     for name, size in (("weights, float32", 4 * total), ("adapter", 4 * trained)):
         assert f"{name} {size / 1e3:.1f} kB" in result.out
     assert f"optimizer {(8 * trained + 12) / 1e3:.1f} kB" in result.out
+
+
+def test_what_waits_in_host_memory_is_not_on_the_device(jaxpeft, config):
+    short, sizes = ("plan", config, "--max-length", 16, "--quantize", "nf4:double=false"), []
+    for options in ((), ("--offload", "all")):
+        result = jaxpeft(*short, *options)
+        assert result.code == 0, result.err
+        found = re.findall(r"(weights|optimizer|host memory)[\w:=, ]*? ([0-9.]+) (k?)B", result.out)
+        sizes.append({k: float(n) * (1000 if unit else 1) for k, n, unit in found})
+    here, there = sizes
+    # What goes: the codes of the linear layers, half a byte each, and all the optimizer has.
+    shapes = json.loads(config.read_text())
+    d, hidden = shapes["hidden_size"], shapes["intermediate_size"]
+    heads = shapes["num_key_value_heads"] * shapes["head_dim"]
+    each = shapes["num_hidden_layers"] * (2 * d * d + 2 * d * heads + 3 * d * hidden)
+    assert there["weights"] == pytest.approx(here["weights"] - each / 2, rel=0.01)
+    assert there["optimizer"] == 4  # its count of steps
+    assert there["host memory"] == pytest.approx(each / 2 + here["optimizer"], rel=0.01)
+
+
+def test_a_bfloat16_adapter_takes_two_bytes_a_parameter(jaxpeft, config):
+    short = ("--max-length", 16, "--method", "ia3", "--adapter-dtype", "bfloat16")
+    result = jaxpeft("plan", config, *short)
+    trained = int(re.search(r"([0-9,]+) to train", result.out)[1].replace(",", ""))
+    assert f"adapter {2 * trained / 1e3:.1f} kB" in result.out, result.out
 
 
 def test_another_method_takes_its_own_places(jaxpeft, config):
