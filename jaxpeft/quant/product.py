@@ -20,6 +20,7 @@ from jaxpeft.core.memory import on_host
 from jaxpeft.core.sharding import explicit
 from jaxpeft.core.structured import Contraction
 from jaxpeft.quant import kernels, rows
+from jaxpeft.quant.lookup import lookup
 from jaxpeft.quant.weight import QuantizedWeight
 
 Array = jax.Array
@@ -32,7 +33,8 @@ TILE = 128 * 2**20
 def product(weight: QuantizedWeight, op: Contraction) -> Array | None:
     """The result of a product, of any kind, with the weight on either side."""
     if op.kind == "gather":
-        return op.bind(weight.materialize())
+        found = lookup(weight, op)
+        return op.bind(weight.materialize()) if found is None else found
     if any(map(on_host, weight.packed.values())):
         # What the backward pass keeps has to be the arrays of the host, not their tiles here.
         return _linear(weight, op)
@@ -89,8 +91,6 @@ def _dense(weight: QuantizedWeight, op: Contraction) -> Array:
 def _few(weight: QuantizedWeight, op: Contraction) -> Array:
     """A product with few rows, which makes no matrix where a platform has a way to do without."""
 
-    shape, dtype = op.others[0].shape, op.others[0].dtype
-
     def dense(packed: Any, x: Array) -> Array:
         return _dense(dataclasses.replace(weight, packed=packed), op.on(x))
 
@@ -99,17 +99,16 @@ def _few(weight: QuantizedWeight, op: Contraction) -> Array:
         y = rows.multiply(weight.format, packed, flat, op.out.dtype, unroll=unroll)
         return y.reshape(op.out.shape)
 
-    @jax.custom_vjp
+    @jax.custom_jvp
     def call(packed: Any, x: Array) -> Array:
         cpu, cuda = functools.partial(run, False), functools.partial(run, True)
         return lax.platform_dependent(packed, x, cpu=cpu, cuda=cuda, default=dense)
 
-    def backward(packed: Any, dy: Array) -> Any:
-        # It is linear: the point that it is differentiated at is not used.
-        pullback = jax.vjp(functools.partial(dense, packed), jnp.zeros(shape, dtype))[1]
-        return None, *pullback(dy)
+    @call.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        (packed, _), (_, dx) = primals, tangents
+        return call(*primals), dense(packed, dx)
 
-    call.defvjp(lambda packed, x: (call(packed, x), packed), backward)
     return call(dict(weight.packed), op.others[0])
 
 
@@ -154,7 +153,7 @@ def _tiles(weight: QuantizedWeight, op: Contraction) -> tuple[int, str] | None:
 
     "kept": `x W`, whose result's last axis is the outputs; "met": `g W^T`, which sums over them.
     """
-    if not _is_plain(weight, op) or weight.format.name == "gguf":
+    if not _is_plain(weight, op):
         return None
     _, ins, outs = weight.groups
     # Explicit meshes ask for the sharding of each product, which that of a tile is not.

@@ -83,7 +83,7 @@ def test_tiles_of_a_large_matrix_are_dense_one_at_a_time_in_both_passes(monkeypa
     monkeypatch.setattr("jaxpeft.quant.product.TILE", tile)
     shape = jax.ShapeDtypeStruct((256, columns), jnp.float32)
     x = jax.ShapeDtypeStruct((3, 256), jnp.float32)
-    for fmt in (jp.quant.nf4(), jp.quant.int8()):
+    for fmt in (jp.quant.nf4(), jp.quant.int8(), jp.quant.gguf("q5_0")):
         params = jax.eval_shape(lambda w, f=fmt: jp.quantize({"w": w}, f, compute="xla"), shape)
         model = jp.lift(lambda params, x: jnp.tanh(x @ params["w"]).sum(), strict=True)
         step = jax.jit(jax.grad(jax.checkpoint(model), 1)).lower(params, x).compile()
