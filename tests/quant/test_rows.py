@@ -57,6 +57,8 @@ def test_the_gradient_of_few_rows_is_that_of_the_dense_product(dtype):
     eps = float(jnp.finfo(dtype).eps)
     assert np.abs(np.float32(y - wanted)).max() < 8 * eps * np.abs(np.float32(wanted)).max()
     np.testing.assert_array_equal(*(np.float32(f(wanted)[0]) for f in (pull, dense_pull)))
+    _, tangent = jax.jvp(lambda x: tuned_product(params, x), (x,), (x,))
+    np.testing.assert_array_equal(np.float32(tangent), np.float32(wanted))
 
 
 def test_a_matrix_is_made_for_many_rows_alone():
