@@ -2,12 +2,22 @@
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, quantize
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGML_QUANT_VERSION,
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFValueType,
+    GGUFWriter,
+    LlamaFileType,
+    quantize,
+)
 
 from jaxpeft.models.gguf import fields, find_gguf, open_reader, paired_heads, read_gguf_config
 from jaxpeft.models.model import Model
@@ -16,6 +26,7 @@ from jaxpeft.models.packed_save import check_axes, layer_of
 from jaxpeft.quant import QuantizedWeight
 from jaxpeft.quant.formats import GGUF, to_gguf
 
+_FILE_TYPE, _VERSION = "general.file_type", "general.quantization_version"
 _PLAIN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -53,10 +64,14 @@ def save_gguf(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         written = Path(folder) / path.name
         writer = GGUFWriter(written, fields(reader)["general.architecture"])
-        _copy_metadata(reader, writer)
+        kinds: dict[str, GGMLQuantizationType] = {}
+        sizes: Counter[GGMLQuantizationType] = Counter()
         for make in made:
             name, data, kind = make()
             writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, kind)
+            kinds[name] = kind
+            sizes[kind] += data.nbytes * GGML_QUANT_SIZES[kind][0] // GGML_QUANT_SIZES[kind][1]
+        _copy_metadata(reader, writer, _about(reader, kinds, sizes))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -139,10 +154,38 @@ def _kept(reader: GGUFReader) -> list[Tensor]:
     return [Tensor(t.name, np.asarray(t.data), t.tensor_type) for t in tensors]
 
 
-def _copy_metadata(reader: GGUFReader, writer: GGUFWriter) -> None:
+def _about(
+    reader: GGUFReader,
+    kinds: Mapping[str, GGMLQuantizationType],
+    sizes: Counter[GGMLQuantizationType],
+) -> dict[str, int]:
+    """What the metadata say of the blocks: the source's, where these are as they were there."""
+    if kinds == {tensor.name: tensor.tensor_type for tensor in reader.tensors}:
+        names = (_FILE_TYPE, _VERSION)
+        return {name: fields(reader)[name] for name in names if name in reader.fields}
+    about = {_FILE_TYPE: file_type(max(sizes, key=lambda kind: sizes[kind])).value}
+    packed = any(kind.name not in _PLAIN.values() for kind in kinds.values())
+    return about | ({_VERSION: GGML_QUANT_VERSION} if packed else {})
+
+
+def file_type(kind: GGMLQuantizationType) -> LlamaFileType:
+    """What llama.cpp calls a file most of whose numbers are in such blocks.
+
+    >>> file_type(GGMLQuantizationType.Q4_K).name, file_type(GGMLQuantizationType.F32).name
+    ('MOSTLY_Q4_K_M', 'ALL_F32')
+    """
+    names = [form.format(kind.name) for form in ("MOSTLY_{}", "MOSTLY_{}_M", "ALL_{}")]
+    known = [LlamaFileType[name] for name in names if name in LlamaFileType.__members__]
+    return known[0] if known else LlamaFileType.GUESSED
+
+
+def _copy_metadata(reader: GGUFReader, writer: GGUFWriter, about: Mapping[str, int]) -> None:
+    for name, value in about.items():
+        writer.add_uint32(name, value)
     for field in reader.fields.values():
         # The writer makes these itself.
-        if field.name == "general.architecture" or field.name.startswith("GGUF."):
+        made = (_FILE_TYPE, _VERSION, "general.architecture", "general.alignment")
+        if field.name in made or field.name.startswith("GGUF."):
             continue
         kind = field.types[0]
         inner = field.types[-1] if kind == GGUFValueType.ARRAY else None

@@ -112,6 +112,37 @@ def test_dense_weights_are_written_in_their_dtype(tmp_path):
     assert same(load(tmp_path / "b.gguf", dtype=jnp.bfloat16)[1], params)
 
 
+def about(path):
+    """What a file says of its blocks, as the gguf package names it."""
+    found = gguf.GGUFReader(path).fields
+    version = found.get("general.quantization_version")
+    kind = gguf.LlamaFileType(found["general.file_type"].contents()).name
+    return kind, version and version.contents()
+
+
+def test_a_file_says_what_its_blocks_are(tmp_path):
+    write_gguf(tmp_path / "m.gguf", tiny(), quantize=by_q8_0)
+    version = gguf.GGML_QUANT_VERSION
+    source = tmp_path / "m.gguf"
+    for kind, expected in (
+        ("q4_0", ("MOSTLY_Q4_0", version)),
+        (None, ("ALL_F32", None)),
+        ("q8_0", ("MOSTLY_Q8_0", version)),
+    ):
+        wanted = jp.rules(("layers/**/kernel", jp.quant.gguf(kind))) if kind else None
+        model, params = load(tmp_path / "m.gguf", quantize=wanted)
+        path = tmp_path / f"{kind}.gguf"
+        save(path, model, params, tokenizer_from=source)
+        assert about(path) == expected
+        source = path  # the next one comes from a file that says something else
+    opened = gguf.GGUFReader(path, "r+")
+    opened.fields["general.file_type"].parts[-1][0] = gguf.LlamaFileType.MOSTLY_Q5_K_S
+    opened.data.flush()
+    model, kept = load(path, quantize="keep")
+    save(tmp_path / "same.gguf", model, kept, tokenizer_from=path)
+    assert about(tmp_path / "same.gguf") == ("MOSTLY_Q5_K_S", version)
+
+
 def test_what_a_gguf_file_needs(file, tmp_path):
     model, kept = load(file, quantize="keep")
     for source in (None, tmp_path):
