@@ -28,6 +28,9 @@ def apply_updates(params: Any, updates: Any, key: Array | None = None) -> Any:
     Returns:
       A tree like `params`, in its dtypes.
 
+    Raises:
+      ValueError: with a key, if a leaf has a floating-point dtype of less than 16 bits.
+
     Example:
       >>> x, u = {"w": jnp.ones(1000, jnp.bfloat16)}, {"w": jnp.full(1000, 2.0**-10)}
       >>> float(apply_updates(x, u)["w"].astype(jnp.float32).mean())
@@ -47,8 +50,22 @@ def apply_updates(params: Any, updates: Any, key: Array | None = None) -> Any:
     return jax.tree.map(_add, params, updates, keys)
 
 
+def wide(dtype: Any) -> Any:
+    """The dtype in which leaves of a dtype are updated, float32 or wider.
+
+    Raises:
+      ValueError: if it is a floating-point dtype of less than 16 bits.
+    """
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16:
+        raise ValueError(
+            f"leaves of {jnp.dtype(dtype)} cannot be trained: their steps are larger than updates "
+            "are. Cast them, as with jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapter)."
+        )
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def _add(x: Array, u: Array, key: Array) -> Array:
-    exact = x.astype(jnp.promote_types(x.dtype, jnp.float32)) + u
+    exact = x.astype(wide(x.dtype)) + u
     if exact.dtype == x.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         return exact.astype(x.dtype)
     near = exact.astype(x.dtype)

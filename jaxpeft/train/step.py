@@ -9,7 +9,7 @@ import optax
 
 from jaxpeft.core.memory import as_in, to_device
 from jaxpeft.core.tree import HOLE, combine
-from jaxpeft.train.apply import apply_updates
+from jaxpeft.train.apply import apply_updates, wide
 from jaxpeft.train.loss import LossFn
 
 # Folded into a step's key, for rounding; micro-batches fold in their indices, from 0 on.
@@ -91,7 +91,7 @@ def init_state(
 
 def _wide(tree: Any) -> Any:
     """The leaves as the optimizer sees them: in float32 where they are narrower."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+    return jax.tree.map(lambda x: x.astype(wide(x.dtype)), tree)
 
 
 def _micro_batches(batch: Any, n: int) -> Any:

@@ -76,6 +76,14 @@ def test_rounding_is_the_same_on_a_mesh(kind):
     assert actual.sharding.is_equivalent_to(x.sharding, 2)
 
 
+def test_leaves_of_one_byte_are_refused_by_name():
+    x = {"w": jnp.ones(4, jnp.float8_e4m3fn)}
+    with pytest.raises(ValueError, match="leaves of float8_e4m3fn cannot be trained: .*bfloat16"):
+        train.apply_updates(x, {"w": jnp.ones(4)}, jax.random.key(0))
+    with pytest.raises(ValueError, match="leaves of float8_e4m3fn cannot be trained"):
+        train.init_state(x, optax.adam(1.0), jax.random.key(0))
+
+
 def narrow_run(tiny, state, step, steps):
     batches = tiny.batches()
     for _ in range(steps):
