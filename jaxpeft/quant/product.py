@@ -137,15 +137,17 @@ def _linear(weight: QuantizedWeight, op: Contraction) -> Array:
     """The program's own operation on the unpacked weight, which is unpacked again for each pass.
 
     Being rematerialized, it is an ordinary function to every transform, forward mode included, and
-    the compiler may not let the passes share one unpacked weight, which would live in between.
+    the compiler may not let the passes share one unpacked weight, which would live in between. The
+    passes of a loop are loops of their own. What it unpacks in one turn may be shared in that turn:
+    by a layer computed again and the gradients that go through it.
     """
 
     def run(packed: Any, others: Any) -> Array:
         return op.bind(weight.unpack(lax.stop_gradient(packed)), *others)
 
     # XLA has no way to say so of arrays of the host.
-    here = not any(map(on_host, weight.packed.values()))
-    return jax.checkpoint(run, prevent_cse=here)(weight.packed, op.others)
+    apart = not weight.looped and not any(map(on_host, weight.packed.values()))
+    return jax.checkpoint(run, prevent_cse=apart)(weight.packed, op.others)
 
 
 def _tiles(weight: QuantizedWeight, op: Contraction) -> tuple[int, str] | None:
@@ -183,7 +185,7 @@ def _tiled(weight: QuantizedWeight, op: Contraction, count: int, role: str) -> A
     packed = {name: _piled(array, -1, pieces, count) for name, array in weight.packed.items()}
     width = outs // count
     layout = weight.layout.resized(weight.groups[2][0], width)
-    tile = dataclasses.replace(weight, layout=layout)
+    tile = dataclasses.replace(weight, layout=layout, looped=True)
     ((contracting, _), dtype) = op.params["dimension_numbers"], op.out.dtype
     (axis,) = contracting[1 - op.side]
     x = op.others[0]

@@ -38,6 +38,7 @@ class QuantizedWeight(Structured):
     `groups` are the labels of the weight's axes in that order: each stack label has an axis of its
     own, the labels of `in` and of `out` share one each. `tail` are views that labels cannot say,
     taken of the dense array. `compute` says how products are done: see `jaxpeft.quant.product`.
+    `looped` says that the weight is a slice that a loop has taken.
     """
 
     packed: Mapping[str, Array]
@@ -48,6 +49,7 @@ class QuantizedWeight(Structured):
     tail: tuple[View, ...] = static(default=())
     compute: str = static(default="auto")
     name: str = static(default="")
+    looped: bool = static(default=False)
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -182,7 +184,8 @@ class QuantizedWeight(Structured):
         if self.tail or not stack or self.layout.axes[0] != stack[:1]:
             return None
         layout = self.layout.with_axes(self.layout.axes[1:])
-        slice_ = dataclasses.replace(self, groups=(stack[1:], ins, outs), layout=layout)
+        groups = (stack[1:], ins, outs)
+        slice_ = dataclasses.replace(self, groups=groups, layout=layout, looped=True)
         return self.packed, lambda packed: dataclasses.replace(slice_, packed=packed)
 
     def restack(self) -> Structured:
@@ -193,6 +196,7 @@ class QuantizedWeight(Structured):
             self,
             groups=((label, *stack), ins, outs),
             layout=layout.with_axes(((label,), *layout.axes)),
+            looped=False,
         )
 
 
