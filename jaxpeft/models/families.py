@@ -108,7 +108,7 @@ def family_of(model_type: Any) -> Family:
         >>> family_of("llama").build.__name__
         'Decoder'
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"model_type={model_type!r} is not supported. Supported: {', '.join(FAMILIES)}."
         )

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxpeft.models.families import family_of, read_config
-from jaxpeft.models.packed_files import Packed, find_packed
+from jaxpeft.models.packed_files import Packed, find_packed, sensible
 from jaxpeft.models.packed_methods import Stored
 from jaxpeft.quant.formats import dequantize
 
@@ -56,7 +56,7 @@ def open_directory(
     directory = Path(directory)
     values = read_json(directory / "config.json") | _pooling(directory)
     quantization = values.pop("quantization_config", None)
-    config = read_config(values, task, labels)
+    config = sensible(directory / "config.json", lambda: read_config(values, task, labels))
     stored = {name: t for path in _weight_files(directory) for name, t in _tensors(path).items()}
     packed, used = find_packed(quantization, stored) if quantization else ({}, set())
     shapes = {name: tensor.shape for name, tensor in stored.items() if name not in used}
@@ -100,9 +100,12 @@ def read_json(path: Path) -> dict[str, Any]:
             "(config.json and model.safetensors), or a .gguf file."
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {values!r:.80}, but should hold a dictionary.")
+    return values
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -114,8 +117,7 @@ def _weight_files(directory: Path) -> list[Path]:
             f"{directory} holds neither {WEIGHTS} nor {INDEX}, but {', '.join(found)}. "
             "Save the model as safetensors: `model.save_pretrained(directory)` in transformers."
         )
-    index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-    paths = [directory / name for name in sorted(set(index["weight_map"].values()))]
+    paths = [directory / name for name in _shards(directory / INDEX)]
     absent = [path.name for path in paths if not path.is_file()]
     if absent:
         raise FileNotFoundError(
@@ -123,6 +125,18 @@ def _weight_files(directory: Path) -> list[Path]:
             "do not exist. Download the missing shards."
         )
     return paths
+
+
+def _shards(index: Path) -> list[str]:
+    """The names of the files that an index lists, all of them in its own directory."""
+    tensors = read_json(index).get("weight_map")
+    names: list[Any] = list(tensors.values()) if isinstance(tensors, dict) else [None]
+    if wrong := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise ValueError(
+            f"{index} has a weight_map with {wrong[0]!r:.80}, which is no name of a file beside "
+            "it. Download it again."
+        )
+    return sorted(set(names))
 
 
 def _tensors(path: Path) -> dict[str, Stored]:
@@ -133,7 +147,7 @@ def _tensors(path: Path) -> dict[str, Stored]:
     def stored(name: str) -> Stored:
         part = opened.get_slice(name)
         kind = _FLOAT8.get(part.get_dtype())
-        plain = lambda: opened.get_tensor(name)  # noqa: E731
+        plain = lambda: _read_plain(path, opened, name, part.get_dtype())  # noqa: E731
         read = plain if kind is None else lambda: _read_float8(path, *header(), name, kind)
         return Stored(tuple(part.get_shape()), read, str(path))
 
@@ -146,6 +160,16 @@ _FLOAT8 = {
     "F8_E5M2": jnp.float8_e5m2,
     "F8_E8M0": jnp.float8_e8m0fnu,
 }
+
+
+def _read_plain(path: Path, opened: Any, name: str, kind: str) -> np.ndarray:
+    try:
+        return opened.get_tensor(name)
+    except (SafetensorError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{name!r} in {path} is of dtype {kind}, which is not supported. Save the model in "
+            "another dtype, with the program that wrote it."
+        ) from error
 
 
 def _header(path: Path) -> tuple[int, dict[str, Any]]:

@@ -9,8 +9,9 @@ from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
 
 from jaxpeft.models.config import DecoderConfig, RopeScaling, from_hf
 from jaxpeft.models.files import Checkpoint
+from jaxpeft.models.gguf_header import check_header
 from jaxpeft.models.names import names
-from jaxpeft.models.packed_files import Packed, blamed
+from jaxpeft.models.packed_files import DAMAGE, Packed, blamed, sensible
 from jaxpeft.models.rope import inverse_frequencies, llama3_divisors
 from jaxpeft.quant.formats import Quantized, from_gguf
 
@@ -50,8 +51,9 @@ def find_gguf(path: str | Path) -> Path | None:
 def open_reader(path: Path) -> GGUFReader:
     """Map the file into memory, with a clear error when it is damaged."""
     try:
+        check_header(path)
         return GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
+    except DAMAGE as error:
         raise ValueError(
             f"{path} is damaged or no GGUF file: {error}. Download it again."
         ) from error
@@ -72,7 +74,7 @@ def open_gguf(path: str | Path) -> Checkpoint:
     path = Path(path)
     reader = open_reader(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = read_gguf_config(reader)
+    config = sensible(path, lambda: read_gguf_config(reader))
     files = hugging_face_names(config)
     if config.rope_scaling is not None:
         tensors.pop(_ROPE_FACTORS, None)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from jaxpeft.models.packed_methods import Method, Options, Shape, Stored, method_of
 from jaxpeft.quant.formats import Quantized
 
-# What a converter may raise where a file says something absurd.
-_DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+# What a reader may raise where a file says something absurd.
+DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 # Scales of keys, values and queries in a cache, which is of floats here.
 _CACHE = re.compile(r".+\.[qkv]_(?:scale|zero_point|global_scale)")
 
@@ -79,6 +79,24 @@ def blamed(name: str, file: str, work: Callable[[], Any]) -> Any:
     """What `work` gives, with the weight and its file named in its errors."""
     try:
         return work()
-    except _DAMAGE as error:
-        said = str(error) if isinstance(error, ValueError) else repr(error)
+    except DAMAGE as error:
+        said = (
+            str(error)
+            if isinstance(error, ValueError)
+            else f"its tensors or what quantization_config says of it make no sense ({error!r}). "
+            "Compare them with the original, or download them again."
+        )
         raise ValueError(f"the packed weight {name!r} in {file}: {said}") from error
+
+
+def sensible(path: Any, work: Callable[[], Any]) -> Any:
+    """What `work` makes of a file's options, with the file named in errors that are not ours."""
+    try:
+        return work()
+    except DAMAGE as error:
+        if type(error) is ValueError:
+            raise
+        raise ValueError(
+            f"{path} has values that make no sense ({error!r}). Compare it with the original, or "
+            "download it again."
+        ) from error

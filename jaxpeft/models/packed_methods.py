@@ -80,8 +80,9 @@ def _auto_round(options: Options) -> tuple[Method, Options]:
     """Its directories are those of other methods, by `packing_format`."""
     packing = options.get("packing_format") or "auto_round:auto_gptq"
     data = (options.get("data_type"), options.get("bits"))
-    if packing == "auto_round:llm_compressor" and data in _FP4_DATA:
-        group = {"targets": ["Linear"], "weights": {}, "format": _FP4_DATA[data]}
+    formats = [fmt for known, fmt in _FP4_DATA.items() if known == data]
+    if packing == "auto_round:llm_compressor" and formats:
+        group = {"targets": ["Linear"], "weights": {}, "format": formats[0]}
         return METHODS["compressed-tensors"], {"config_groups": {"group_0": group}}
     if not isinstance(packing, str) or packing not in _PACKINGS:
         raise ValueError(
