@@ -12,12 +12,15 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft.core.tree import path_of
+from jaxpeft.quant.formats.host import Plain
 from tests.cases import CASES
 from tests.cases.hlo import made
 from tests.cases.measure import (
+    build,
     compiled_base,
     compiled_step,
     difference,
+    loss,
     quiet,
     setting,
     step,
@@ -256,6 +259,56 @@ def weight_sizes(sites):
     """Elements of each weight that products use, and of one layer or expert of it."""
     linear = [site for site in sites if site.linear]
     return {size for site in linear for size in (site.size, math.prod(site.sizes("in", "out")))}
+
+
+@law(lora_only)
+def test_a_packed_base_gives_what_its_weights_give(method, case):
+    """Packed without loss, so that the values are those of the other laws; nothing dense either."""
+    here, out = setting(case, lora), values(case, lora)
+    packed, adapter = packed_base(case, Plain()), out["adapter"]
+    f = here.apply
+
+    @jax.jit
+    def program(*args):
+        return f(*args), here.derivative(f, *args)
+
+    with quiet(case):
+        applied, gradient = program(adapter, packed, here.built.inputs)
+        merged = here.tuned.merge(adapter, packed)
+    assert difference(applied, out["applied"]) < case.tolerance
+    assert difference(gradient, out["gradient"]) < case.tolerance
+    assert difference(merged, out["merged params"]) < case.tolerance
+
+
+@law(lambda method, case: lora_only(method, case) and case.fast and case.reverse)
+def test_the_backward_pass_over_a_packed_base_keeps_packed_weights_alone(method, case):
+    here = setting(case, lora)
+    packed = jax.eval_shape(lambda: packed_base(case, jp.quant.fp8()))
+    found = [w for w in jax.tree.leaves(packed, is_leaf=is_packed) if is_packed(w)]
+    sizes = {
+        size
+        for site in here.shapes.sites
+        for size in (site.size, math.prod(site.sizes("in", "out")))
+    }
+
+    def kept(adapter, params, inputs):
+        return jax.vjp(lambda adapter: loss(here.apply(adapter, params, inputs)), adapter)[1]
+
+    program = jax.make_jaxpr(kept)(here.shapes, packed, here.built.inputs).jaxpr
+    made_there = [v.aval for v in program.outvars if v not in program.invars]
+    assert not found or not sizes & {a.size for a in made_there if a.dtype == jnp.float32}
+
+
+def packed_base(case, fmt):
+    """The params with every weight of a product packed, but tables that tokens look up."""
+    built, tuned = build(case), setting(case, lora).tuned
+    return jp.quantize(
+        built.params, fmt, sites=tuned.sites(built.params, *built.inputs, **built.kwargs)
+    )
+
+
+def is_packed(leaf):
+    return isinstance(leaf, jp.quant.QuantizedWeight)
 
 
 @law(lambda method, case: lora_only(method, case) and some(method, case))

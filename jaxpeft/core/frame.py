@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpeft.core.structured import Structured
+from jaxpeft.core.structured import Structured, Sum
+from jaxpeft.core.tree import leaves_with_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,3 +34,13 @@ def frame(tree: Any) -> tuple[list[Any], Frame]:
     kinds = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, Structured)
     static = tuple((i, leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, kinds))
     return [leaf for leaf in leaves if isinstance(leaf, kinds)], Frame(structure, static)
+
+
+def named(tree: Any) -> Any:
+    """The tree, in which structured weights without a name have that of their path, for reports."""
+
+    def name(path: str, leaf: Any) -> Any:
+        return Sum((leaf,), path) if isinstance(leaf, Structured) and not leaf.name else leaf
+
+    pairs, structure = leaves_with_paths(tree, is_leaf=lambda x: isinstance(x, Structured))
+    return structure.unflatten([name(path, leaf) for path, leaf in pairs])

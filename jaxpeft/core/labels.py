@@ -46,12 +46,18 @@ class View(NamedTuple):
     """One shape-only operation on a weight.
 
     `kind` and `args` say what it does to labels; `bind(array)` runs the program's own operation on
-    an array that stands in for the weight.
+    an array that stands in for the weight, `bind(array, *operands)` with these values.
     """
 
     kind: str
     args: tuple[Any, ...]
-    bind: Callable[[Any], Any] = no_array
+    bind: Callable[..., Any] = no_array
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """The program's values that it depends on, which `bind` takes after the array."""
+        starts = self.args[0] if self.kind == "slice" else ()
+        return () if all(isinstance(start, int) for start in starts) else tuple(starts)
 
 
 @dataclasses.dataclass(frozen=True)

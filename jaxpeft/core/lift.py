@@ -20,7 +20,7 @@ from jax.extend import core as jex
 from jax.extend import source_info_util
 
 from jaxpeft.core import contract, control, views
-from jaxpeft.core.frame import Frame, frame
+from jaxpeft.core.frame import Frame, frame, named
 from jaxpeft.core.labels import View
 from jaxpeft.core.report import Materialized, Report, refuse, warn
 from jaxpeft.core.structured import Contraction, Structured, apply_view
@@ -78,7 +78,7 @@ def call(
     must meet all taps. Outside of any trace the evaluation is compiled, and the program is kept
     for the next call.
     """
-    weights, outer = frame(params)
+    weights, outer = frame(named(params))
     inputs, inner = frame((args, kwargs))
     before = weights if frozen is None else frame(frozen)[0]
     static, arrays = (f, outer, inner, report, whole), (weights, inputs, taps or {}, before)

@@ -111,6 +111,15 @@ class Scaled(Structured):
         return Scaled(restack(self.weight), self.scale.restack())
 
 
+def scaled(weight: Structured, values: Array, axes: Sequence[int]) -> Scaled | None:
+    """`weight` times a number, or a vector along one of its axes, whose sizes `values` has or 1."""
+    values = jnp.asarray(values)
+    long = [axis for axis, size in zip(axes, values.shape, strict=True) if size > 1]
+    if len(long) > 1:
+        return None
+    return Scaled.along(weight, values.reshape([weight.shape[axis] for axis in long]), long)
+
+
 def _times(x: Array, scale: Array) -> Array:
     """In the wider dtype of the two and rounded to that of `x`: scales are close to one."""
     return (x * scale).astype(x.dtype)

@@ -142,12 +142,12 @@ def _linear(weight: QuantizedWeight, op: Contraction) -> Array:
     by a layer computed again and the gradients that go through it.
     """
 
-    def run(packed: Any, others: Any) -> Array:
-        return op.bind(weight.unpack(lax.stop_gradient(packed)), *others)
+    def run(weight: QuantizedWeight, others: Any) -> Array:
+        return op.bind(jax.tree.map(lax.stop_gradient, weight).materialize(), *others)
 
     # XLA has no way to say so of arrays of the host.
     apart = not weight.looped and not any(map(on_host, weight.packed.values()))
-    return jax.checkpoint(run, prevent_cse=apart)(weight.packed, op.others)
+    return jax.checkpoint(run, prevent_cse=apart)(weight, op.others)
 
 
 def _tiles(weight: QuantizedWeight, op: Contraction) -> tuple[int, str] | None:

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from jaxpeft.core.labels import Cut, Drop, Edit, Layout, Split, View
 from jaxpeft.core.memory import to_device
+from jaxpeft.core.scaled import scaled
 from jaxpeft.core.sharding import automatic, fitting, placed_as, spread
 from jaxpeft.core.structured import Contraction, Structured, node, static
 from jaxpeft.quant.formats import Format, check
@@ -28,6 +29,18 @@ from jaxpeft.quant.formats.base import decoded
 
 Array = jax.Array
 Labels = tuple[int, ...]
+
+
+@node
+@dataclasses.dataclass(frozen=True, eq=False)
+class Taken:
+    """A view that labels cannot say, to be taken of the dense array; `operands` are its starts."""
+
+    operands: tuple[Any, ...]
+    bind: Callable[..., Any] = static()
+
+    def __call__(self, array: Array) -> Array:
+        return self.bind(array, *self.operands)
 
 
 @node
@@ -46,7 +59,7 @@ class QuantizedWeight(Structured):
     groups: tuple[Labels, Labels, Labels] = static()
     layout: Layout = static()
     dtype: Any = static()
-    tail: tuple[View, ...] = static(default=())
+    tail: tuple[Taken, ...] = ()
     compute: str = static(default="auto")
     name: str = static(default="")
     looped: bool = static(default=False)
@@ -85,11 +98,7 @@ class QuantizedWeight(Structured):
         return None if self.tail else self._sharding(self.packed)
 
     def materialize(self, dtype: DTypeLike | None = None) -> Array:
-        return self.unpack(self.packed, dtype)
-
-    def unpack(self, packed: Mapping[str, Array], dtype: DTypeLike | None = None) -> Array:
-        """The dense array that these packed arrays stand for, in this weight's views."""
-        packed = to_device(dict(packed))
+        packed = to_device(dict(self.packed))
         dense = functools.partial(self._dense, jnp.dtype(dtype or self.dtype))
         return _viewed(self.tail, automatic(dense, self._sharding(packed), packed))
 
@@ -120,23 +129,29 @@ class QuantizedWeight(Structured):
 
     def view(self, view: View) -> Structured | None:
         if view.kind == "scale":
-            return None
+            return scaled(self, *view.args)
         if view.kind == "convert":
             return dataclasses.replace(self, dtype=jnp.dtype(view.args[0]))
         placed = self._placed(*view.args) if view.kind == "place" and not self.tail else None
         if placed is not None:
             return placed
         step = None if self.tail or view.kind == "place" else self.layout.apply(view)
-        if step is None:
-            return dataclasses.replace(self, tail=(*self.tail, view))
-        layout, edits = step
+        return (step and self._moved(*step)) or self._taken(view)
+
+    def _taken(self, view: View) -> QuantizedWeight:
+        return dataclasses.replace(self, tail=(*self.tail, Taken(view.operands, view.bind)))
+
+    def _moved(self, layout: Layout, edits: Sequence[Edit]) -> QuantizedWeight | None:
+        """The weight after a view that changes labels; None if the packed arrays cannot say it."""
         found = self
         for edit in edits:
-            moved = found._edited(edit)
-            if moved is None:
-                return dataclasses.replace(self, tail=(*self.tail, view))
-            found = moved
-        return dataclasses.replace(found, layout=layout)
+            edited = found._edited(edit)
+            if edited is None:
+                return None
+            found = edited
+        known = {label for group in found.groups for label in group}
+        shown = {label for axis in layout.axes for label in axis}
+        return dataclasses.replace(found, layout=layout) if shown <= known else None
 
     def _placed(self, sharding: NamedSharding) -> QuantizedWeight | None:
         """The packed arrays moved as the weight is asked to be; None if their axes cannot."""
@@ -154,25 +169,16 @@ class QuantizedWeight(Structured):
 
     def _edited(self, edit: Edit) -> QuantizedWeight | None:
         """The packed arrays and labels after an edit; the layout is set by who calls."""
-        stack, ins, outs = self.groups
-        if isinstance(edit, Split):
-            parts = tuple(label for label, _ in edit.parts)
-            if edit.label in stack:
-                return None
-            groups = (stack, _split(ins, edit.label, parts), _split(outs, edit.label, parts))
-            return dataclasses.replace(self, groups=groups)
-        if isinstance(edit, Drop) and edit.label not in stack:
-            rest = (stack, _split(ins, edit.label, ()), _split(outs, edit.label, ()))
-            return dataclasses.replace(self, groups=rest)
-        if edit.label not in stack:
+        if edit.label not in self.groups[0] and isinstance(edit, Cut):
             return None
-        axis = stack.index(edit.label)
-        if isinstance(edit, Drop):
-            packed = {name: jnp.squeeze(array, axis) for name, array in self.packed.items()}
-            rest = (stack[:axis] + stack[axis + 1 :], ins, outs)
-            return dataclasses.replace(self, packed=packed, groups=rest)
-        packed = {name: _cut(array, axis, edit) for name, array in self.packed.items()}
-        return dataclasses.replace(self, packed=packed)
+        (stack, ins, outs), packed = self.groups, self.packed
+        if not isinstance(edit, Cut):
+            parts = tuple(label for label, _ in edit.parts) if isinstance(edit, Split) else ()
+            stack, ins, outs = (_split(group, edit.label, parts) for group in self.groups)
+        if edit.label in self.groups[0]:
+            change = functools.partial(_stack_edited, edit, self.groups[0].index(edit.label))
+            packed = {name: change(array) for name, array in packed.items()}
+        return dataclasses.replace(self, packed=packed, groups=(stack, ins, outs))
 
     def contract(self, op: Contraction) -> Array | None:
         from jaxpeft.quant.product import product
@@ -180,13 +186,16 @@ class QuantizedWeight(Structured):
         return product(self, op)
 
     def unstack(self) -> tuple[Any, Callable[[Any], Structured]] | None:
-        stack, ins, outs = self.groups
-        if self.tail or not stack or self.layout.axes[0] != stack[:1]:
+        (first, *axes), (stack, ins, outs) = self.layout.axes, self.groups
+        if self.tail or not first or not set(first) <= set(stack):
             return None
-        layout = self.layout.with_axes(self.layout.axes[1:])
-        groups = (stack[1:], ins, outs)
+        front = functools.partial(_in_front, [stack.index(label) for label in first])
+        packed = {name: front(array) for name, array in self.packed.items()}
+        left = tuple(label for label in stack if label not in first)
+        layout = self.layout.with_axes(axes)
+        groups = (left, ins, outs)
         slice_ = dataclasses.replace(self, groups=groups, layout=layout, looped=True)
-        return self.packed, lambda packed: dataclasses.replace(slice_, packed=packed)
+        return packed, lambda packed: dataclasses.replace(slice_, packed=packed)
 
     def restack(self) -> Structured:
         length = next(iter(self.packed.values())).shape[0]
@@ -200,19 +209,33 @@ class QuantizedWeight(Structured):
         )
 
 
-def _viewed(tail: Sequence[View], array: Any) -> Any:
-    return functools.reduce(lambda array, view: view.bind(array), tail, array)
+def _viewed(tail: Sequence[Taken], array: Any) -> Any:
+    return functools.reduce(lambda array, taken: taken(array), tail, array)
 
 
 def _split(labels: Labels, label: int, parts: Labels) -> Labels:
     return tuple(p for old in labels for p in (parts if old == label else (old,)))
 
 
-def _cut(array: Array, axis: int, edit: Cut) -> Array:
+def _stack_edited(edit: Edit, axis: int, array: Array) -> Array:
+    """A packed array after an edit of the label that its axis is."""
+    if isinstance(edit, Drop):
+        return jnp.squeeze(array, axis)
+    if isinstance(edit, Split):
+        sizes = (size for _, size in edit.parts)
+        return array.reshape(*array.shape[:axis], *sizes, *array.shape[axis + 1 :])
     if isinstance(edit.start, int) or edit.stride != 1:
         stop = edit.start + (edit.size - 1) * edit.stride + 1
         return lax.slice_in_dim(array, edit.start, stop, edit.stride, axis)
     return lax.dynamic_slice_in_dim(array, edit.start, edit.size, axis)
+
+
+def _in_front(axes: Sequence[int], array: Array) -> Array:
+    """A packed array whose stack axes `axes` are one, in front."""
+    if list(axes) == [0]:
+        return array
+    moved = jnp.moveaxis(array, axes, range(len(axes)))
+    return moved.reshape(-1, *moved.shape[len(axes) :])
 
 
 def wrap(

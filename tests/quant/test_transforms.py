@@ -116,3 +116,39 @@ def test_an_unrolled_model_unpacks_again_in_the_backward_pass():
     step = jax.jit(jax.grad(lambda x, p: model(p, x).sum())).lower(X, params).as_text()
     barriers = [line for line in step.splitlines() if "optimization_barrier" in line]
     assert sum("tensor<32x64xui8>" in line for line in barriers) == 3
+
+
+def test_an_index_that_a_loop_counts_cuts_an_axis_that_is_packed():
+    """Without sites the packed axes may be any. Every slice unpacks the whole weight then."""
+    w = jax.random.normal(jax.random.key(0), (64, 2, 64)) / 8
+
+    def looped(params, x):
+        layer = lambda h, i: (jnp.tanh(h @ params["w"][:, i]), None)  # noqa: E731
+        return lax.scan(layer, x, jnp.arange(2))[0]
+
+    packed = jp.quantize({"w": w}, jp.quant.fp8())
+    f = jp.lift(lambda params, x: looped(params, x).sum(), strict=True)
+    ours, theirs = (jax.grad(f, 1)(p, X) for p in (packed, {"w": packed["w"].materialize()}))
+    equal(ours, theirs)
+
+
+def groups_as_one_stack(params, x):
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["w"].reshape(6, 64, 64))[0]
+
+
+def layers_of_experts(params, x):
+    layer = lambda h, w: (jnp.einsum("bd,edf->ebf", jnp.tanh(h), w).sum(0), None)  # noqa: E731
+    return lax.scan(layer, x, params["w"].swapaxes(0, 1))[0]
+
+
+@pytest.mark.parametrize("model", [groups_as_one_stack, layers_of_experts])
+def test_a_scan_takes_layers_from_anywhere_among_the_stacks(model):
+    packed = jp.quantize({"w": jnp.cos(jnp.arange(24576.0)).reshape(2, 3, 64, 64)}, jp.quant.nf4())
+    f = jax.jit(jp.lift(model, strict=True))
+    equal(f(packed, X), model({"w": packed["w"].materialize()}, X))
+
+
+def test_weights_that_become_dense_are_named():
+    packed = jp.quantize({"bias": jnp.ones((64, 2))}, jp.rules(("bias", jp.quant.int8())))
+    with pytest.raises(jp.MaterializeError, match="'bias' is materialized at `add`"):
+        jp.lift(lambda params, x: x + params["bias"], strict=True)(packed, jnp.ones((64, 2)))
