@@ -1,11 +1,18 @@
 """The dynamic 8-bit values against bitsandbytes, and against their definition in float64."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
 from jaxpeft.quant.formats.blocks import midpoints, rounded
-from jaxpeft.quant.formats.dynamic import decode_dynamic, dynamic_table, encode_dynamic
+from jaxpeft.quant.formats.dynamic import (
+    codes_of,
+    decode_dynamic,
+    dynamic_table,
+    encode_dynamic,
+)
 
 encode = jax.jit(encode_dynamic, static_argnames="signed")
 
@@ -54,6 +61,19 @@ def test_codes_are_nearest(signed):
     back = np.asarray(decode_dynamic(codes, absmax[:, None], signed=signed))
     np.testing.assert_allclose(back, table[np.asarray(codes)] * absmax[:, None], rtol=1e-6)
     assert not back[1].any()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_around_every_middle_and_of_numbers_of_all_sizes_are_nearest(signed):
+    """The code is the number of middles below `x`: exact in float64, ties downwards."""
+    middles = midpoints(dynamic_table(signed))
+    close = [np.nextafter(middles, np.float32(to)) for to in (np.inf, -np.inf)]
+    sizes = 10.0 ** np.random.default_rng(0).uniform(-45, 0, 10**5)
+    x = np.concatenate([middles, *close, dynamic_table(signed), sizes, -sizes]).astype(np.float32)
+    x = x if signed else np.abs(x)
+    expected = np.searchsorted(middles.astype(np.float64), x.astype(np.float64), side="left")
+    codes = jax.jit(functools.partial(codes_of, signed=signed))(x, np.float32(1))
+    np.testing.assert_array_equal(codes, expected)
 
 
 @pytest.mark.parametrize("signed", [True, False])

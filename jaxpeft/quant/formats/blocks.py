@@ -101,8 +101,6 @@ def selected(table: Sequence[float], codes: Array) -> Array:
 def nearest(x: Array, table: np.ndarray) -> Array:
     """Index of the value of an ascending float32 `table` that is nearest to `x`, ties downwards."""
     bounds = midpoints(table)
-    if len(bounds) > 32:
-        return jnp.searchsorted(jnp.asarray(bounds), x, side="left").astype(jnp.uint8)
     return functools.reduce(lambda n, bound: n + (x > bound), bounds, jnp.zeros(x.shape, jnp.uint8))
 
 

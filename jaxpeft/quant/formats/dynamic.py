@@ -16,8 +16,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from jaxpeft.quant.formats.blocks import SMALLEST, nearest, rounded
+from jaxpeft.quant.formats.blocks import SMALLEST, midpoints, rounded
 
 Array = jax.Array
 BLOCK = 256
@@ -66,9 +67,43 @@ def encode_dynamic(x: Array, *, signed: bool = True) -> tuple[Array, Array]:
 
 
 def codes_of(x: Array, largest: Array, *, signed: bool = True) -> Array:
-    """Codes of the values nearest to `x / largest`; `largest` broadcasts against `x`."""
-    scaled = x * (1 / jnp.maximum(largest, SMALLEST))
-    return nearest(jnp.clip(scaled, -1, 1), dynamic_table(signed))
+    """Codes of the values nearest to `x / largest`, ties downwards; `largest` broadcasts."""
+    scaled = jnp.clip(x * (1 / jnp.maximum(largest, SMALLEST)), -1, 1)
+    bits = lax.bitcast_convert_type(scaled, jnp.uint32)
+    magnitude, negative = jnp.maximum(bits & _MAGNITUDE, _FIRST << _SHIFT), bits >> 31
+    bucket = jnp.minimum(magnitude >> _SHIFT, _LAST) - _FIRST
+    table = jnp.asarray(_buckets(signed))
+    entry = table.at[negative * (len(table) // 2) + bucket].get(mode="promise_in_bounds")
+    beyond = magnitude - ((bucket + _FIRST) << _SHIFT) > (entry >> 8)
+    return jnp.where(beyond, (entry & 255) + 1 - 2 * negative, entry & 255).astype(jnp.uint8)
+
+
+# Buckets of numbers of one sign that share their exponent and leading seven bits, from one that is
+# nearest to 0 to 1. At most one number that is halfway between two values lies in each.
+_MAGNITUDE, _SHIFT = 2**31 - 1, 16
+_FIRST, _LAST = (int(np.float32(2.0**e).view(np.uint32)) >> _SHIFT for e in (-23, 0))
+
+
+@functools.cache
+def _buckets(signed: bool) -> np.ndarray:
+    """uint32 for each bucket of positive numbers and of negative ones: `code + 256 * limit`.
+
+    The code is that of the bucket's smallest magnitude. Magnitudes whose bits are more than `limit`
+    above that have the next one, away from 0.
+    """
+    bounds = midpoints(dynamic_table(signed))
+    starts = np.arange(_FIRST, _LAST + 2, dtype=np.uint32) << _SHIFT
+    entries = []
+    for sign in (np.float32(1), np.float32(-1)):
+        code, after = (
+            np.searchsorted(bounds, sign * (starts - i).view(np.float32)) for i in (0, 1)
+        )
+        code, last, starts_ = code[:-1], after[1:], starts[:-1]
+        met = bounds[np.minimum(np.minimum(code, last), len(bounds) - 1)]
+        # A number that is halfway has the lower code, which lies away from 0 for a negative one.
+        limit = np.abs(met).view(np.uint32) - starts_ - (sign < 0)
+        entries.append(code + 256 * np.where(code == last, 2**_SHIFT, limit))
+    return np.concatenate(entries).astype(np.uint32)
 
 
 def decode_dynamic(codes: Array, scale: Array, *, signed: bool = True) -> Array:
