@@ -11,28 +11,32 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from jaxpeft.core.sharding import automatic, placed_as, spread
 from jaxpeft.quant.formats.dynamic import BLOCK, codes_of, decode_dynamic, dynamic_table
+from jaxpeft.train.chunks import in_chunks
 
 Array = jax.Array
 MIN_SIZE = 4096
+BYTES = 4
 
 
 class Moment(NamedTuple):
-    """A moment in bytes.
+    """A moment in bytes, of rows `(..., n)` of whole blocks: those of a leaf, or all of it.
+
+    A leaf whose last axis is not whole blocks is one array `(blocks, 256)`, filled up with zeros.
 
     Attributes:
-      codes: uint8, of the shape and the sharding of the leaf.
-      absmax: float32, the largest magnitude of each block: `(..., n / 256)` for a leaf `(..., n)`
-        whose last axis is whole blocks, `(blocks,)` for others.
+      codes: uint32 `(..., n / 4)`, four codes each, the first one in the lowest byte: `view` them
+        as uint8 in numpy. A TPU moves words between its memory and the host's, but not bytes.
+      absmax: float32 `(..., n / 256)`, the largest magnitude of each block.
     """
 
     codes: Any
@@ -58,9 +62,9 @@ def scale_by_adam8bit(
 ) -> optax.GradientTransformation:
     """Adam's direction from moments that are kept in 8 bits: 2.03 bytes a parameter, not 8.
 
-    The moments of a step are unpacked, updated and used in float32, and then rounded to the nearest
-    of 256 values of the dynamic map (signed for `m`, unsigned for `v`), as bitsandbytes does.
-    Updates are float32, also for leaves of a narrower dtype.
+    The moments of a step are unpacked, updated and used in float32, a chunk at a time, and then
+    rounded to the nearest of 256 values of the dynamic map (signed for `m`, unsigned for `v`), as
+    bitsandbytes does. Updates are float32, also for leaves of a narrower dtype.
 
     Args:
       b1: decay of the first moment.
@@ -77,8 +81,8 @@ def scale_by_adam8bit(
     Example:
       >>> params = {"w": jnp.ones((32, 256)), "b": jnp.ones(8)}
       >>> state = scale_by_adam8bit().init(params)
-      >>> state.mu["w"].codes.dtype, state.mu["w"].absmax.shape, state.mu["b"].dtype
-      (dtype('uint8'), (32, 1), dtype('float32'))
+      >>> state.mu["w"].codes.shape, state.mu["w"].absmax.shape, state.mu["b"].dtype
+      ((32, 64), (32, 1), dtype('float32'))
 
     Reference:
       Dettmers et al. 2021, arXiv:2110.02861; Kingma and Ba 2014, arXiv:1412.6980.
@@ -164,24 +168,33 @@ def _is_known(number: Any) -> bool:
 def _fresh(x: Array, signed: bool, min_size: int) -> Moment | Array:
     if x.size < min_size:
         return jnp.zeros_like(x, jnp.float32)
-    zero = np.searchsorted(dynamic_table(signed), 0)
-    absmax = placed_as(jnp.zeros(_blocks(x.shape)), _shardings(x).absmax)
-    return Moment(jnp.full_like(x, zero, jnp.uint8), absmax)
+    *lead, columns = _rows_shape(x)
+    zero = np.full(BYTES, np.searchsorted(dynamic_table(signed), 0), np.uint8).view(np.uint32)
+    codes = jnp.full((*lead, columns // BYTES), zero)
+    absmax = jnp.zeros((*lead, columns // BLOCK))
+    return Moment(*(placed_as(array, spread(x, array.shape)) for array in (codes, absmax)))
 
 
 def _leaf(g: Array, mu: Any, nu: Any, *, count: Array, b1: float, b2: float, eps: float) -> Any:
     """The direction and the two moments of one leaf after a step."""
-    small = not isinstance(mu, Moment)
 
-    def step(g: Array, mu: Any, nu: Any, count: Array) -> Any:
-        g = g.astype(jnp.float32)
-        m = b1 * _decode(mu, True) + (1 - b1) * g
-        v = b2 * _decode(nu, False) + (1 - b2) * (g * g)
-        u = m / _bias(b1, count) / (jnp.sqrt(v / _bias(b2, count)) + eps)
-        return (u, m, v) if small else (u, _encode(m, True), _encode(v, False))
+    def adam(g: Array, m: Array, v: Array, unbias: Any) -> Any:
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * (g * g)
+        return m / unbias[0] / (jnp.sqrt(v / unbias[1]) + eps), m, v
 
-    kept = spread(g, g.shape) if small else _shardings(g)
-    return automatic(step, (spread(g, g.shape), kept, kept), g, mu, nu, count)
+    def step(arrays: Any, others: Any, unbias: Any) -> Any:
+        g, *moments = arrays
+        mu, nu = Moment(*moments[:2]), Moment(*moments[2:])
+        u, m, v = adam(g, _decode(mu, True), _decode(nu, False), unbias)
+        return [u, *_encode(m, True), *_encode(v, False)]
+
+    g, unbias = g.astype(jnp.float32), [_bias(b1, count), _bias(b2, count)]
+    if not isinstance(mu, Moment):
+        return adam(g, mu, nu, unbias)
+    rows = automatic(_rows, spread(g, _rows_shape(g)), g)
+    u, *moments = in_chunks(step, [rows, *mu, *nu], scalars=unbias)
+    u = automatic(functools.partial(_unrows, g.shape), spread(g, g.shape), u)
+    return u, Moment(*moments[:2]), Moment(*moments[2:])
 
 
 def _bias(decay: Any, count: Array) -> Array:
@@ -194,45 +207,39 @@ def _log(decay: float) -> float:
     return math.log(decay) if decay else -math.inf
 
 
-def _shardings(x: Array) -> Moment:
-    absmax = _blocks(x.shape) if _whole(x.shape) else ()
-    return Moment(spread(x, x.shape), spread(x, absmax))
+def _rows_shape(x: Array) -> tuple[int, ...]:
+    whole = x.ndim and x.shape[-1] % BLOCK == 0
+    return x.shape if whole else (-(-x.size // BLOCK), BLOCK)
 
 
-def _whole(shape: Sequence[int]) -> bool:
-    """Whether blocks end where the last axis does, so that leading axes may stay."""
-    return bool(shape) and shape[-1] % BLOCK == 0
+def _rows(x: Array) -> Array:
+    """A leaf as rows of whole blocks; in row-major order, with zeros behind, if it has none."""
+    shape = _rows_shape(x)
+    if shape == x.shape:
+        return x
+    return jnp.pad(x.reshape(-1), (0, math.prod(shape) - x.size)).reshape(shape)
 
 
-def _blocks(shape: Sequence[int]) -> tuple[int, ...]:
-    return (*shape[:-1], shape[-1] // BLOCK) if _whole(shape) else (-(-math.prod(shape) // BLOCK),)
-
-
-def _blocked(x: Array) -> Array:
-    """Blocks of 256 in row-major order, `(..., n / 256, 256)`; zeros fill up the last one."""
-    if _whole(x.shape):
-        return x.reshape(*x.shape[:-1], -1, BLOCK)
-    flat = x.reshape(-1)
-    return jnp.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
-
-
-def _spread(absmax: Array, shape: Sequence[int]) -> Array:
-    """The absmax of each element's block, in the leaf's shape."""
-    each = jnp.broadcast_to(absmax[..., None], (*absmax.shape, BLOCK))
-    if _whole(shape):
-        return each.reshape(shape)
-    return each.reshape(-1)[: math.prod(shape)].reshape(shape)
+def _unrows(shape: tuple[int, ...], rows: Array) -> Array:
+    """The inverse of `_rows`."""
+    return rows if rows.shape == shape else rows.reshape(-1)[: math.prod(shape)].reshape(shape)
 
 
 # Codes and values are made element by element in the leaf's shape, so that the compiler splits them
 # over an auto mesh as it does the leaf.
+def _spread(absmax: Array) -> Array:
+    """The absmax of each element's block."""
+    each = jnp.broadcast_to(absmax[..., None], (*absmax.shape, BLOCK))
+    return each.reshape(*absmax.shape[:-1], -1)
+
+
 def _encode(x: Array, signed: bool) -> Moment:
-    absmax = jnp.max(jnp.abs(_blocked(x)), axis=-1)
-    return Moment(codes_of(x, _spread(absmax, x.shape), signed=signed), absmax)
+    absmax = jnp.max(jnp.abs(x.reshape(*x.shape[:-1], -1, BLOCK)), axis=-1)
+    codes = codes_of(x, _spread(absmax), signed=signed).reshape(*x.shape[:-1], -1, BYTES)
+    return Moment(lax.bitcast_convert_type(codes, jnp.uint32), absmax)
 
 
-def _decode(moment: Moment | Array, signed: bool) -> Array:
-    if not isinstance(moment, Moment):
-        return moment
-    codes, absmax = moment
-    return decode_dynamic(codes, _spread(absmax, codes.shape), signed=signed)
+def _decode(moment: Moment, signed: bool) -> Array:
+    codes = lax.bitcast_convert_type(moment.codes, jnp.uint8)
+    codes = codes.reshape(*codes.shape[:-2], -1)
+    return decode_dynamic(codes, _spread(moment.absmax), signed=signed)

@@ -2,21 +2,28 @@
 
 from typing import Any
 
+import jax
 import optax
 
-from jaxpeft.core.memory import as_in, to_device, to_host
+from jaxpeft.core.memory import to_host
+from jaxpeft.train.adam8bit import Moment
+from jaxpeft.train.paging import paged
 
 
 def offload(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same optimizer, whose state waits in host memory and is on the device for the update.
+    """The same optimizer, whose state is in host memory, and on the device a chunk at a time.
 
-    While the model runs forwards and backwards, the room of the state is free for activations: what
-    a "paged" optimizer is for, decided by the program instead of by page faults. The update itself
-    moves all of it, and may need room for the old and the new state at once. Worth it where the
-    state is large, as with `jaxpeft.full`, and activations are larger. On a TPU the state has to be
-    of floats: XLA does not compile moves of the bytes of `adam8bit` there. Updates are the same to
-    the bit. `update` gives the state back in the memory where it was, so that a step may move it by
-    itself, as `make_step` does.
+    While the model runs forwards and backwards, the room of the state is free for activations. The
+    update fetches a chunk of at most 2^21 elements of each array, works on it and puts it back:
+    what a "paged" optimizer is for, decided by the program instead of by page faults. Updates are
+    the same.
+
+    That holds of what an optimizer does element by element with arrays of at least two axes, as in
+    `optax.adamw`, `lion`, `sgd` or `lamb`, with clipping in front, and of `adam8bit`. Where it
+    looks at all of a state's array, it gets all of it: right, but not paged. So it is with
+    `optax.MultiSteps`; and around it, not in it, is the place of `offload`. Arrays whose rows are
+    not whole tiles of 8 (16 or 32 where they are narrower than float32), such as tables with an odd
+    number of rows, come whole, a few at a time.
 
     Args:
       optimizer: any optax transformation.
@@ -39,10 +46,26 @@ def offload(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: Any) -> Any:
-        return to_host(inner.init(params))
+        return jax.tree.map(_to_host, inner.init(params), is_leaf=_is_moment)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        updates, after = inner.update(updates, to_device(state), params, **extra)
-        return updates, as_in(after, state)
+        def call(updates: Any, state: Any) -> Any:
+            return inner.update(updates, state, params, **extra)
+
+        return paged(call, updates, state, into=(updates, state), kept=_moments(state))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_moment(x: Any) -> bool:
+    return isinstance(x, Moment)
+
+
+def _to_host(x: Any) -> Any:
+    # The scales are small, and of shapes of which a TPU may take no part from the host.
+    return x._replace(codes=to_host(x.codes)) if _is_moment(x) else to_host(x)
+
+
+def _moments(state: Any) -> list[Any]:
+    """The codes in a state, which `adam8bit` takes from the host by itself."""
+    return [x.codes for x in jax.tree.leaves(state, is_leaf=_is_moment) if _is_moment(x)]

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpeft.core.memory import as_in, to_device
 from jaxpeft.core.tree import HOLE, combine
 from jaxpeft.train.apply import apply_updates, wide
 from jaxpeft.train.loss import LossFn
@@ -181,14 +180,19 @@ def make_step(
         scale = 1.0 / jnp.maximum(count, 1.0)
         grads = jax.tree.map(lambda g: g * scale, _wide(grads))
         metrics = Metrics(total * scale, optax.tree.norm(grads), count)
-        before = state._replace(opt_state=to_device(state.opt_state))
-        updates, opt_state = optimizer.update(grads, before.opt_state, _wide(active))
-        rounding = jax.random.fold_in(key, ROUNDING) if stochastic_rounding else None
-        adapter = combine(apply_updates(active, updates, rounding), fixed)
-        after = State(adapter, opt_state, state.step + 1, state.key)
         finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
-        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
-        return after._replace(opt_state=as_in(after.opt_state, state.opt_state)), metrics
+
+        def update(active: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
+            updates, opt_state = optimizer.update(grads, opt_state, _wide(active))
+            rounding = jax.random.fold_in(key, ROUNDING) if stochastic_rounding else None
+            return apply_updates(active, updates, rounding), opt_state
+
+        def skip(active: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
+            return active, opt_state
+
+        active, opt_state = jax.lax.cond(finite, update, skip, active, state.opt_state, grads)
+        count = state.step + finite
+        return State(combine(active, fixed), opt_state, count, state.key), metrics
 
     return jax.jit(step, donate_argnums=0)
 
