@@ -90,7 +90,8 @@ def open_gguf(path: str | Path) -> Checkpoint:
 
     def packed(name: str) -> Packed:
         pack = lambda: read_packed(by_name[name], name, config, permuted)  # noqa: E731
-        return Packed(shapes[name], lambda: blamed(name, str(path), pack))
+        kind = by_name[name].tensor_type.name.lower()
+        return Packed(shapes[name], lambda: blamed(name, str(path), pack), kind)
 
     return Checkpoint(config, shapes, read, str(path), {name: packed(name) for name in quantized})
 

@@ -24,7 +24,7 @@ from jaxpeft.models.model import Model
 from jaxpeft.models.names import Name
 from jaxpeft.models.packed_save import check_axes, layer_of
 from jaxpeft.quant import QuantizedWeight
-from jaxpeft.quant.formats import GGUF, to_gguf
+from jaxpeft.quant.formats import GGUF, MixedGGUF, to_gguf, unmix
 
 _FILE_TYPE, _VERSION = "general.file_type", "general.quantization_version"
 _PLAIN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -103,7 +103,7 @@ def _check(name: Name, leaf: Any) -> None:
     if not isinstance(leaf, QuantizedWeight):
         return
     check_axes(name, leaf)
-    if not isinstance(leaf.format, GGUF):
+    if not isinstance(leaf.format, GGUF | MixedGGUF):
         raise ValueError(
             f"{name.path!r} is packed in {leaf.format}, which GGUF files do not have. Save to a "
             "directory, or quantize to a format such as jp.quant.gguf('q8_0')."
@@ -131,9 +131,10 @@ def _tensors(
 def _data(name: Name, leaf: Any, layer: int, dtype: str) -> tuple[np.ndarray, GGMLQuantizationType]:
     """Rows of a tensor, in Hugging Face's order."""
     if isinstance(leaf, QuantizedWeight):
-        packed: Any = leaf.format
-        kind = GGMLQuantizationType[packed.kind.upper()]
-        return to_gguf(layer_of(leaf, name, layer)), kind
+        weight = layer_of(leaf, name, layer)
+        weight = unmix(weight) if isinstance(weight.format, MixedGGUF) else weight
+        packed: Any = weight.format
+        return to_gguf(weight), GGMLQuantizationType[packed.kind.upper()]
     values = name.to_hf(np.asarray(leaf[layer] if name.stacked else leaf)).astype(np.float32)
     kind = GGMLQuantizationType[_PLAIN[dtype] if values.ndim > 1 else "F32"]
     return quantize(values, kind), kind

@@ -23,10 +23,12 @@ class Packed(NamedTuple):
     Attributes:
         shape: of the dense weight, as Hugging Face has it.
         read: gives the packed arrays of the kernel (in, out).
+        kind: of its blocks, in GGUF files; empty in others.
     """
 
     shape: Shape
     read: Callable[[], Quantized]
+    kind: str = ""
 
 
 def find_packed(options: Any, stored: Mapping[str, Stored]) -> tuple[dict[str, Packed], set[str]]:

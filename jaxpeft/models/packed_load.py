@@ -3,6 +3,7 @@
 One layer at a time is dense, and goes into its row of the packed stack.
 """
 
+import functools
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,8 +14,9 @@ import numpy as np
 from jaxpeft.core.tree import leaves_with_paths
 from jaxpeft.models.files import Checkpoint
 from jaxpeft.models.names import Name
+from jaxpeft.models.packed_files import blamed
 from jaxpeft.quant import QuantizedWeight, wrap
-from jaxpeft.quant.formats import Format
+from jaxpeft.quant.formats import Format, mix
 from jaxpeft.quant.quantize import axes_of, choose, pack
 
 KEEP = "keep"
@@ -100,10 +102,13 @@ def keep_weight(checkpoint: Checkpoint, tensors: Sequence[str], name: Name, leaf
         ValueError: packed arrays are damaged.
     """
     found: dict[Any, int] = {}
+    kinds = sorted({checkpoint.packed[t].kind for t in tensors if t in checkpoint.packed})
 
     def rows() -> Iterable[Arrays]:
         for tensor in tensors:
             weight = checkpoint.packed[tensor].read() if tensor in checkpoint.packed else None
+            if weight is not None and len(kinds) > 1:
+                weight = blamed(tensor, checkpoint.where, functools.partial(mix, weight, kinds))
             fmt = weight and weight.format
             found[fmt] = found.get(fmt, 0) + 1
             # After the first layer of another format only the counting goes on.

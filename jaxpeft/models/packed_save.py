@@ -14,6 +14,7 @@ from jaxpeft.quant.formats import (
     Int4,
     Integer,
     LLMInt8,
+    MixedGGUF,
     Quantized,
     to_awq,
     to_bitsandbytes,
@@ -107,7 +108,7 @@ def _method(formats: set[Format], method: str | None) -> str:
             "params lie in host memory, where jaxpeft.offload has put them. Save the params that "
             "it was given."
         )
-    if GGUF.name in kinds:
+    if {GGUF.name, MixedGGUF.name} & set(kinds):
         raise ValueError(
             "GGUF blocks go into a .gguf file alone: save('model.gguf', model, params, "
             "tokenizer_from='original.gguf'). For a directory, load the weights dense or in "

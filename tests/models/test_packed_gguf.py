@@ -70,12 +70,52 @@ def test_every_kind_is_kept_as_gguf_reads_it(file):
     np.testing.assert_allclose(actual / scale, expected / scale, atol=1e-4)
 
 
-def test_layers_of_several_kinds_become_dense_unless_a_format_is_named(tmp_path):
+def test_layers_of_several_kinds_stay_packed_and_are_written_back(tmp_path):
+    """As in Q4_K_M files, where some layers have finer blocks than others."""
+
     def by_layers(name, values):
-        return blocks("q4_0" if name.startswith("blk.1.ffn_down") else "q8_0", name, values)
+        first = name.startswith("blk.0.")
+        kinds = {
+            "attn_v": ("q4_k", "q6_k"),
+            "ffn_down": ("q8_0", "q5_k"),
+            "ffn_up": ("q4_0", "q4_1"),
+        }
+        kind = next((kinds[part][not first] for part in kinds if part in name), "q8_0")
+        return blocks(kind, name, values)
+
+    write_gguf(
+        tmp_path / "m.gguf", tiny(hidden_size=256, intermediate_size=512), quantize=by_layers
+    )
+    model, kept = load(tmp_path, quantize="keep")
+    mixed = {path: fmt.kinds for path, fmt in formats_in(kept).items() if fmt.name == "gguf_mixed"}
+    assert mixed == {
+        "layers/self_attn/v_proj/kernel": ("q4_k", "q6_k"),
+        "layers/mlp/down_proj/kernel": ("q5_k", "q8_0"),
+        "layers/mlp/up_proj/kernel": ("q4_0", "q4_1"),
+    }
+    _, plain = load(tmp_path)  # dequantized by the gguf package
+    assert same(made_dense(kept), plain)
+    tokens = np.random.default_rng(0).integers(3, 60, (2, 6))
+    ours, theirs = jp.lift(model.apply, strict=True)(kept, tokens), model.apply(plain, tokens)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(np.abs(theirs).max()))
+    save(tmp_path / "again.gguf", model, kept, tokenizer_from=tmp_path / "m.gguf")
+    first, second = (gguf.GGUFReader(tmp_path / name) for name in ("m.gguf", "again.gguf"))
+    written = {tensor.name: tensor for tensor in second.tensors}
+    for tensor in first.tensors:
+        assert written[tensor.name].tensor_type == tensor.tensor_type
+        np.testing.assert_array_equal(written[tensor.name].data, tensor.data)
+    with pytest.raises(ValueError, match=r"go into a \.gguf file alone"):
+        save(tmp_path / "directory", model, kept)
+
+
+def test_a_stack_with_a_dense_layer_becomes_dense_unless_a_format_is_named(tmp_path):
+    def by_layers(name, values):
+        if name.startswith("blk.1.ffn_down"):
+            return values, gguf.GGMLQuantizationType.F32
+        return blocks("q8_0", name, values)
 
     write_gguf(tmp_path / "m.gguf", tiny(), quantize=by_layers)
-    with pytest.warns(UserWarning, match=r"mlp/down_proj.*q8_0.*: 1, .*q4_0.*: 1.*loaded dense"):
+    with pytest.warns(UserWarning, match=r"mlp/down_proj.*q8_0.*: 1, dense: 1.*loaded dense"):
         _, kept = load(tmp_path, quantize="keep")
     down = "layers/mlp/down_proj/kernel"
     assert formats_in(kept).keys() == PROJECTIONS - {down} | {

@@ -9,6 +9,7 @@ import pytest
 
 from jaxpeft.quant.formats import (
     FORMATS,
+    MixedGGUF,
     check,
     dequantize,
     fp4,
@@ -83,17 +84,17 @@ def test_values_are_not_checked_while_tracing():
 
 EVERY = [nf4(128, double=False), fp4(), int8(), int4(32, symmetric=False, scale="bfloat16")]
 EVERY += [llm_int8(5.0), fp8("e5m2", "block", tile=(32, 16)), mxfp4(), nvfp4(inverse=True)]
-EVERY += [gguf("q6_k")]
+READ = [gguf("q6_k"), MixedGGUF(("q4_k", "q6_k"))]
 
 
-@pytest.mark.parametrize("fmt", EVERY, ids=str)
+@pytest.mark.parametrize("fmt", EVERY + READ, ids=str)
 def test_json_there_and_back(fmt):
     again = from_json(json.loads(json.dumps(to_json(fmt))))
     assert again == fmt and hash(again) == hash(fmt)
 
 
 def test_every_format_is_tried():
-    assert {fmt.name for fmt in EVERY} == FORMATS.keys()
+    assert {fmt.name for fmt in EVERY + READ} == FORMATS.keys()
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_json_that_is_refused(options, message):
         from_json(options)
 
 
-@pytest.mark.parametrize("fmt", [fmt for fmt in EVERY if fmt != gguf("q6_k")], ids=str)
+@pytest.mark.parametrize("fmt", EVERY, ids=str)
 def test_packed_arrays_have_the_axes_of_the_weight(fmt):
     shape = (2, 128, 6)
     layout = fmt.layout(shape)

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxpeft.quant.formats import Quantized, dequantize, from_gguf, int8, quantize, to_gguf
+from jaxpeft.quant.formats import (
+    MixedGGUF,
+    Quantized,
+    dequantize,
+    from_gguf,
+    int8,
+    mix,
+    quantize,
+    to_gguf,
+    unmix,
+)
 from jaxpeft.quant.formats import gguf as block_format
 from jaxpeft.quant.formats.ggml import FIELDS
 
@@ -92,9 +102,31 @@ def test_error_is_at_most_half_a_step(name, seed, exponent):
     assert (off <= most * step * 1.001 + absmax * 2**-10).all()
 
 
+@pytest.mark.parametrize("kinds", [("q4_k", "q6_k", "q8_0"), ("q5_0", "q5_1"), ("q4_0", "q4_1")])
+def test_layers_of_several_kinds_are_one_stack(kinds):
+    data = [random_bytes(name, seed=seed) for seed, name in enumerate(kinds)]
+    layers = [mix(from_gguf(raw, name), kinds) for raw, name in zip(data, kinds, strict=True)]
+    stack = {name: np.stack([layer.packed[name] for layer in layers]) for name in ("bytes", "kind")}
+    found = dequantize(stack, MixedGGUF(kinds), (len(kinds), IN, OUT))
+    for layer, raw, name, values in zip(layers, data, kinds, found, strict=True):
+        np.testing.assert_array_equal(values, gguf.dequantize(raw, kind_of(name)).T)
+        np.testing.assert_array_equal(to_gguf(unmix(layer)), raw)
+
+
+def mixed(**change):
+    packed, fmt, shape = mix(from_gguf(random_bytes("q4_1"), "q4_1"), ("q4_0", "q4_1"))
+    return Quantized(packed | change, fmt, shape)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: MixedGGUF(("q4_0",)), "two kinds"),
+        (lambda: MixedGGUF(("q4_0", "q4_0")), "two kinds"),
+        (lambda: MixedGGUF(("q4_0", "q2_k")), "use one of q4_0"),
+        (lambda: quantize(jnp.ones((256, 2)), MixedGGUF(("q4_0", "q8_0"))), "only read.*q8_0"),
+        (lambda: unmix(mixed(kind=np.full((1, 1), 2, np.uint8))), "'kind' is 2.* has 2"),
+        (lambda: unmix(mixed(bytes=np.zeros((3, OUT), np.uint8))), r"'bytes'.*needs uint8"),
         (lambda: block_format("q2_k"), r"gguf\('q2_k'\): use one of q4_0.*gguf.dequantize"),
         (lambda: quantize(jnp.ones((256, 2)), block_format("q4_k")), "only read.*q4_0"),
         (lambda: quantize(jnp.ones((48, 2)), block_format("q4_0")), "blocks of 32 do not tile"),

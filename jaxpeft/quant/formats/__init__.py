@@ -28,6 +28,9 @@ from jaxpeft.quant.formats.ggml import GGUF as GGUF
 from jaxpeft.quant.formats.ggml import from_gguf as from_gguf
 from jaxpeft.quant.formats.ggml import gguf as gguf
 from jaxpeft.quant.formats.ggml import to_gguf as to_gguf
+from jaxpeft.quant.formats.ggml_mixed import MixedGGUF as MixedGGUF
+from jaxpeft.quant.formats.ggml_mixed import mix as mix
+from jaxpeft.quant.formats.ggml_mixed import unmix as unmix
 from jaxpeft.quant.formats.gptq import from_awq as from_awq
 from jaxpeft.quant.formats.gptq import from_gptq as from_gptq
 from jaxpeft.quant.formats.gptq import to_awq as to_awq

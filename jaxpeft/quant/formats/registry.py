@@ -10,11 +10,15 @@ from jaxpeft.quant.formats.base import Format
 from jaxpeft.quant.formats.codebook import FP4, NF4
 from jaxpeft.quant.formats.float8 import Float8
 from jaxpeft.quant.formats.ggml import GGUF
+from jaxpeft.quant.formats.ggml_mixed import MixedGGUF
 from jaxpeft.quant.formats.integer import Int4, Int8
 from jaxpeft.quant.formats.llm_int8 import LLMInt8
 from jaxpeft.quant.formats.micro import MXFP4, NVFP4
 
-_KINDS: tuple[type[Format], ...] = (NF4, FP4, Int8, Int4, LLMInt8, Float8, MXFP4, NVFP4, GGUF)
+_KINDS: tuple[type[Format], ...] = (
+    *(NF4, FP4, Int8, Int4, LLMInt8, Float8, MXFP4, NVFP4),
+    *(GGUF, MixedGGUF),
+)
 FORMATS = {kind.name: kind for kind in _KINDS}
 
 
