@@ -64,7 +64,9 @@ def scale_by_adam8bit(
 
     The moments of a step are unpacked, updated and used in float32, a chunk at a time, and then
     rounded to the nearest of 256 values of the dynamic map (signed for `m`, unsigned for `v`), as
-    bitsandbytes does. Updates are float32, also for leaves of a narrower dtype.
+    bitsandbytes does. But a `v` that is not 0 is not rounded to 0, which would make steps explode
+    where gradients within a block differ by a factor of a thousand. Updates are float32, also for
+    leaves of a narrower dtype.
 
     Args:
       b1: decay of the first moment.
@@ -235,7 +237,10 @@ def _spread(absmax: Array) -> Array:
 
 def _encode(x: Array, signed: bool) -> Moment:
     absmax = jnp.max(jnp.abs(x.reshape(*x.shape[:-1], -1, BLOCK)), axis=-1)
-    codes = codes_of(x, _spread(absmax), signed=signed).reshape(*x.shape[:-1], -1, BYTES)
+    codes = codes_of(x, _spread(absmax), signed=signed)
+    if not signed:
+        codes = jnp.where(x > 0, jnp.maximum(codes, 1), codes)
+    codes = codes.reshape(*x.shape[:-1], -1, BYTES)
     return Moment(lax.bitcast_convert_type(codes, jnp.uint32), absmax)
 
 
