@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flax import linen
+from flax.core import DenyList
 
 from jaxpeft.flax.mark import Marks, mark_call
 
@@ -29,11 +30,26 @@ def linen_function(module: linen.Module, marks: Marks | None = None) -> Callable
     if marks is None:
         return call
 
-    def call_marked(variables: Any, *inputs: Any, **kwargs: Any) -> Any:
+    def call_marked(variables: Any, *inputs: Any, mutable: Any = False, **kwargs: Any) -> Any:
         with linen.intercept_methods(functools.partial(_marked_call, marks)):
-            return call(variables, *inputs, **kwargs)
+            told = _apart(mutable, marks)
+            out, state = call(variables, *inputs, mutable=told, **kwargs)
+        return out if mutable is False else (out, state)
 
     return call_marked
+
+
+def _apart(mutable: Any, marks: Any) -> Any:
+    """The same filter of collections, but another one to `nn.jit`, which knows traces by it.
+
+    It takes a trace of the call without marks, or with others, for one of this call otherwise.
+    """
+    if mutable is True:
+        return DenyList(_apart(False, marks))
+    if isinstance(mutable, DenyList):
+        return DenyList(_apart(mutable.deny, marks))
+    names = [] if mutable is False else [mutable] if isinstance(mutable, str) else mutable
+    return (*names, marks)
 
 
 def _marked_call(marks: Marks, run: Any, args: Any, kwargs: Any, context: Any) -> Any:

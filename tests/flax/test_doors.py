@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.core import DenyList
 
 import jaxpeft as jp
 
@@ -75,6 +76,23 @@ def test_linen_runs_another_method(linen):
     assert list(adapter) == ["params/hidden/kernel"]
     want = model.apply(tuned.merge(adapter, variables), X, method="encode")
     close(tuned.apply(adapter, variables, X, method="encode"), want)
+
+
+@pytest.mark.parametrize(
+    "mutable", [True, "batch_stats", ["batch_stats"], DenyList("params")], ids=str
+)
+def test_linen_jits_its_calls_and_boundaries_are_found_in_them(mutable, linen):
+    """Though `nn.jit` has traced the same call without any marks before."""
+    (model, variables), jitted = linen, nn.jit(Net)()
+    rule = jp.rules(("{hidden,norm}:out", jp.bottleneck(2)))
+    run = {"mutable": mutable}
+    close(jitted.apply(variables, X, **run), model.apply(variables, X, **run))
+    tuned, plain = (jp.transform(m, rule) for m in (jitted, model))
+    adapter = nudged(tuned.init(jax.random.key(1), variables, X, **run))
+    assert list(adapter) == ["hidden:out", "norm:out"]
+    got, want = (t.apply(adapter, variables, X, **run) for t in (tuned, plain))
+    close(got, want)
+    assert not np.allclose(got[0], jitted.apply(variables, X, **run)[0])
 
 
 def live():
