@@ -104,7 +104,7 @@ def from_hf(values: Mapping[str, Any]) -> DecoderConfig:
     key_value_heads = 8 if model_type == "mistral" else heads
     llama_bias = model_type == "llama" and bool(values.get("attention_bias"))
     theta, scaling = _rope(values)
-    return DecoderConfig(
+    config = DecoderConfig(
         model_type=model_type,
         **sizes,
         num_key_value_heads=values.get("num_key_value_heads", key_value_heads) or heads,
@@ -121,6 +121,24 @@ def from_hf(values: Mapping[str, Any]) -> DecoderConfig:
         initializer_range=values.get("initializer_range", 0.02),
         **_token_ids(values),
     )
+    _check_numbers(config)
+    return config
+
+
+def _check_numbers(config: DecoderConfig) -> None:
+    """Refuses options that would be found to be no numbers only when the model runs."""
+    counts = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+    reals = ("rms_norm_eps", "rope_theta", "initializer_range")
+    window = () if config.sliding_window is None else ("sliding_window",)
+    for name in (*counts, *window, *reals):
+        value, whole = getattr(config, name), name not in reals
+        number = isinstance(value, numbers.Integral if whole else numbers.Real)
+        if not number or isinstance(value, bool) or not whole <= value < float("inf"):
+            kind = "positive integer" if whole else "finite number that is not negative"
+            raise ValueError(
+                f"{name}={value!r:.80} of a {config.model_type!r} model is no {kind}. Compare "
+                "config.json with the original."
+            )
 
 
 def to_hf(config: DecoderConfig, dtype: str) -> dict[str, Any]:

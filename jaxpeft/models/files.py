@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,13 @@ from jaxpeft.quant.formats import dequantize
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# AutoGPTQ's, AutoAWQ's and ModelOpt's.
+_QUANTIZATION = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
+}
+_OLD_GPTQ = "gptq_model-*.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +62,7 @@ def open_directory(
     """
     directory = Path(directory)
     values = read_json(directory / "config.json") | _pooling(directory)
-    quantization = values.pop("quantization_config", None)
+    quantization = values.pop("quantization_config", None) or _beside(directory)
     config = sensible(directory / "config.json", lambda: read_config(values, task, labels))
     stored = {name: t for path in _weight_files(directory) for name, t in _tensors(path).items()}
     packed, used = find_packed(quantization, stored) if quantization else ({}, set())
@@ -67,6 +74,24 @@ def open_directory(
 
     config = family_of(config.model_type).fit(config, shapes, read)
     return Checkpoint(config, shapes, read, str(directory), packed)
+
+
+def check_layers(count: int, tensors: Collection[str], where: Any) -> None:
+    """Refuses more layers than there are tensors, before they are listed one by one."""
+    if count > len(tensors):
+        raise ValueError(
+            f"{where} has {len(tensors)} tensors, too few for the {count} layers that its "
+            "configuration asks for. Does the configuration belong to these weights?"
+        )
+
+
+def _beside(directory: Path) -> dict[str, Any] | None:
+    """The `quantization_config` of directories that have it in a file of its own."""
+    for name, method in _QUANTIZATION.items():
+        if (directory / name).is_file():
+            said = read_json(directory / name)
+            return {"quant_method": method} | said
+    return None
 
 
 def unpacked(weight: Packed) -> np.ndarray:
@@ -112,6 +137,8 @@ def _weight_files(directory: Path) -> list[Path]:
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
     if not (directory / INDEX).is_file():
+        if len(old := list(directory.glob(_OLD_GPTQ))) == 1:
+            return old
         found = sorted(p.name for p in directory.iterdir())
         raise FileNotFoundError(
             f"{directory} holds neither {WEIGHTS} nor {INDEX}, but {', '.join(found)}. "

@@ -8,7 +8,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
 
 from jaxpeft.models.config import DecoderConfig, RopeScaling, from_hf
-from jaxpeft.models.files import Checkpoint
+from jaxpeft.models.files import Checkpoint, check_layers
 from jaxpeft.models.gguf_header import check_header
 from jaxpeft.models.names import names
 from jaxpeft.models.packed_files import DAMAGE, Packed, blamed, sensible
@@ -75,6 +75,7 @@ def open_gguf(path: str | Path) -> Checkpoint:
     reader = open_reader(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = sensible(path, lambda: read_gguf_config(reader))
+    check_layers(config.num_hidden_layers, tensors, path)
     files = hugging_face_names(config)
     if config.rope_scaling is not None:
         tensors.pop(_ROPE_FACTORS, None)

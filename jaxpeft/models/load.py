@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxpeft.models.families import FAMILIES
-from jaxpeft.models.files import Checkpoint, open_directory
+from jaxpeft.models.files import Checkpoint, check_layers, open_directory
 from jaxpeft.models.gguf import find_gguf, open_gguf
 from jaxpeft.models.model import Model
 from jaxpeft.models.names import Name
@@ -166,6 +166,8 @@ def _stored(
     relabelled: bool,
 ) -> dict[str, list[str]]:
     """The file's tensors for each weight, in layer order; none for a head that starts afresh."""
+    layers = max((shapes[p][0] for p, name in rows.items() if name.stacked), default=0)
+    check_layers(layers, checkpoint.shapes, checkpoint.where)
     canonical = FAMILIES[checkpoint.config.model_type].canonical
     found = {canonical(tensor): tensor for tensor in checkpoint.shapes}
     wanted = {p: [canonical(t) for t in name.tensors(shapes[p])] for p, name in rows.items()}

@@ -72,6 +72,8 @@ def logits_of(directory, dtype=torch.float32):
     options = {}
     if said["quant_method"] == "compressed-tensors" and len(said["config_groups"]) == 1:
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+    if said["quant_method"] == "fp8":
+        options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from jaxpeft.models import load
 from jaxpeft.models.files import open_directory
 from jaxpeft.models.gguf import open_gguf
 from jaxpeft.models.packed_files import find_packed
@@ -204,12 +205,27 @@ def flipped(data, file, within):
         (b"[1]", r"holds \[1\], but should hold a dictionary"),
         (json.dumps(LLAMA | {"model_type": ["llama"]}).encode(), "model_type=.* is not supported"),
         (json.dumps(LLAMA | {"num_key_value_heads": "2"}).encode(), "values that make no sense"),
+        (json.dumps(LLAMA | {"head_dim": [1, 2]}).encode(), "head_dim=.* no positive integer"),
+        (json.dumps(LLAMA | {"rms_norm_eps": "x"}).encode(), "rms_norm_eps='x' .* no finite num"),
+        (json.dumps(LLAMA | {"rope_theta": 1e999}).encode(), "rope_theta=inf .* no finite number"),
     ],
 )
 def test_configurations_that_are_none(tmp_path, text, message):
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(ValueError, match=message):
         open_directory(tmp_path)
+
+
+def test_more_layers_than_tensors(directory, blocks):
+    save_file({f"{MODULE}.weight": WEIGHT.T.copy()}, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 2**70}))
+    with pytest.raises(ValueError, match=f"has 1 tensors, too few for the {2**70} layers"):
+        load(directory)
+    key = b"llama.block_count" + struct.pack("<I", gguf.GGUFValueType.UINT32)
+    many = blocks.replace(key + struct.pack("<I", 1), key + struct.pack("<I", 2**31))
+    (directory / "damaged.gguf").write_bytes(many)
+    with pytest.raises(ValueError, match=f"has 2 tensors, too few for the {2**31} layers"):
+        open_gguf(directory / "damaged.gguf")
 
 
 @pytest.mark.parametrize("shards", [["../model.safetensors"], [3], None, {}])

@@ -197,6 +197,22 @@ def test_directories_of_gptq(narrow, tmp_path, ordered):
         np.testing.assert_allclose(kernel, expected, rtol=1e-6)
 
 
+def test_old_directories_of_gptq_and_awq(narrow, tmp_path):
+    """From before `quantization_config`, as AutoGPTQ 0.4 and AutoAWQ 0.1 wrote them."""
+    (tmp_path / "config.json").write_bytes((narrow / "config.json").read_bytes())
+    for kind, name, said in (
+        ("gptq", "quantize_config.json", dict(bits=4, group_size=32, sym=False, desc_act=False)),
+        ("awq", "quant_config.json", dict(w_bit=4, q_group_size=32, zero_point=True)),
+    ):
+        expected = with_words(narrow, tmp_path, kind)
+        (tmp_path / name).write_text(json.dumps(said))
+        if kind == "gptq":
+            (tmp_path / "model.safetensors").rename(tmp_path / "gptq_model-4bit-32g.safetensors")
+        kernel = load(tmp_path)[1]["layers"]["mlp"]["up_proj"]["kernel"][...]
+        np.testing.assert_allclose(kernel, expected, rtol=1e-6)
+        (tmp_path / name).unlink()
+
+
 def test_directories_of_awq(narrow, tmp_path):
     expected = with_words(narrow, tmp_path, "awq")
     described(narrow, tmp_path, quant_method="awq", bits=4, group_size=32, zero_point=True)
@@ -223,6 +239,25 @@ def test_directories_of_fp8(dense, tmp_path, name):
     _, kept = load(tmp_path, quantize="keep")
     kernel = made_dense(kept)["layers"]["mlp"]["up_proj"]["kernel"][...]
     np.testing.assert_allclose(kernel, np.stack(values).swapaxes(1, 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("tile", [(128, 128), (32, 64), None])
+def test_tiles_of_fp8_as_transformers_reads_them(dense, tmp_path, tile):
+    """Most matrices have a side of 64, so half a tile; None is for what transformers implies."""
+    tensors, random = load_file(dense / "model.safetensors"), np.random.default_rng(0)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        sides = tensors[name].shape
+        count = [-(-side // part) for side, part in zip(sides, tile or (128, 128), strict=True)]
+        tensors[name] = random.uniform(-99, 99, sides).astype(jnp.float8_e4m3fn)
+        scale = random.uniform(1e-3, 5e-3, count).astype(np.float32)
+        tensors[f"{name}_scale_inv"] = scale
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    described(dense, tmp_path, quant_method="fp8", **{"weight_block_size": tile} if tile else {})
+    model, kept = load(tmp_path, quantize="keep")
+    assert formats_in(kept).keys() == PROJECTIONS
+    plain = load(tmp_path)[1]
+    assert same(made_dense(kept), plain)
+    np.testing.assert_allclose(model.apply(plain, TOKENS), logits_of(tmp_path), atol=2e-5)
 
 
 def test_packed_files_can_be_quantized_otherwise(nf4):
