@@ -31,6 +31,11 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def digits(value: float) -> float:
+    """Four of them, however small it is."""
+    return float(f"{value:.4g}")
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -74,9 +79,9 @@ class Worker:
         wall, cpu = ([t[kind] for t in self.times] for kind in ("wall", "cpu"))
         return {
             "steps": len(wall),
-            "seconds_median": round(statistics.median(wall), 4),
-            "seconds_min": round(min(wall), 4),
-            "cpu_seconds_median": round(statistics.median(cpu), 4),
+            "seconds_median": digits(statistics.median(wall)),
+            "seconds_min": digits(min(wall)),
+            "cpu_seconds_median": digits(statistics.median(cpu)),
         }
 
     def _ask(self, what: str) -> dict[str, Any]:

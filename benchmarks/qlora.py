@@ -3,6 +3,7 @@
     python benchmarks/qlora.py                 SmolLM2-135M shape, float32, 4 x 128 tokens
     python benchmarks/qlora.py --shape 1b      Llama 1B shape, bfloat16, 1 x 2048, for a GPU
     python benchmarks/qlora.py --shape 7b      Llama-2-7B shape, bfloat16, 1 x 512, for a GPU
+    python benchmarks/qlora.py --shape 70b --contenders matvec copy    its matrices alone
     python benchmarks/qlora.py --contenders qlora lora kernels    any of those in WORKERS
 
 NF4 with double quantization and rank 16 on all linear maps of the layers, AdamW, full
@@ -11,8 +12,9 @@ run in processes of their own and take turns; ratios are of their fastest steps,
 processor's time, which says more on a CPU that others use too. `kernels` is ours with the fused
 kernels (`compute="pallas"`). `matvec` multiplies one row with eight matrices of the shape's MLP and
 reports the packed bytes it reads a second, beside `copy`, which copies an array and reports the
-bytes it reads and writes. The jax workers' `step_mib` is what XLA says of the compiled step:
-arguments and temporaries; torch's is the most it allocated in a step (GPU only).
+bytes it reads and writes; on a GPU both do so 50 times in one program. The jax workers' `step_mib`
+is what XLA says of the compiled step: arguments and temporaries; torch's is the most it allocated
+in a step (GPU only).
 """
 
 import argparse
@@ -26,6 +28,11 @@ from train_step import RANK, adapter_step, jax_parts
 SHAPES = {
     **train_step.SHAPES,
     "tiny": {**train_step.SHAPES["tiny"], "hidden_size": 64, "intermediate_size": 128},
+    "70b": dict(
+        vocab_size=32000, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+        num_attention_heads=64, num_key_value_heads=8, tie_word_embeddings=False,
+        rope_theta=1e4, batch=1, length=512, dtype="bfloat16",
+    ),
     "7b": dict(
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=32, tie_word_embeddings=False,
@@ -119,14 +126,28 @@ def matvec(shape: dict[str, Any], compute: str) -> None:
     import jaxpeft as jp
 
     k, n, dtype = shape["hidden_size"], shape["intermediate_size"], shape["dtype"]
-    w = jax.random.normal(jax.random.key(0), (MATRICES, k, n), jnp.dtype(dtype))
-    packed = jp.quantize(w, jp.rules((lambda *_: True, jp.quant.nf4())), compute=compute)
+    make = jax.jit(lambda key: jax.random.normal(key, (k, n), jnp.dtype(dtype)))
+    everything = jp.rules((lambda *_: True, jp.quant.nf4()))
+    packed = [
+        jp.quantize(make(jax.random.key(i)), everything, compute=compute) for i in range(MATRICES)
+    ]
+
+    @jp.lift
+    def products(packed: Any, x: jax.Array) -> jax.Array:
+        ys = [x @ w for w in packed]
+        # The next turn waits for this one.
+        return x + 1e-30 * sum(y[:, :1] for y in ys)
+
+    repeats = _repeats()
+    run = jax.jit(
+        lambda packed, x: jax.lax.fori_loop(0, repeats, lambda _, x: products(packed, x), x)
+    )
     x = jnp.ones((1, k), jnp.dtype(dtype))
-    run = jp.lift(lambda w, x: jax.lax.scan(lambda x, w: (x, x @ w), x, w)[1], strict=True)
-    compiled = jax.jit(run).lower(packed, x).compile()
+    compiled = run.lower(packed, x).compile()
+    size = repeats * sum(w.nbytes for w in packed)
     serve(
         lambda: compiled(packed, x).block_until_ready(),
-        lambda: {"device": _device(), "bytes": packed.nbytes},
+        lambda: {"device": _device(), "bytes": size},
     )
 
 
@@ -134,12 +155,20 @@ def copy(shape: dict[str, Any]) -> None:
     import jax
     import jax.numpy as jnp
 
-    array = jnp.ones(2**26, jnp.uint32)
-    copied = jax.jit(lambda x: x + jnp.uint32(1)).lower(array).compile()
+    array, repeats = jnp.ones(2**26, jnp.uint32), _repeats()
+    run = jax.jit(lambda x: jax.lax.fori_loop(0, repeats, lambda _, x: x + jnp.uint32(1), x))
+    copied = run.lower(array).compile()
     serve(
         lambda: copied(array).block_until_ready(),
-        lambda: {"device": _device(), "bytes": 2 * array.nbytes},
+        lambda: {"device": _device(), "bytes": 2 * repeats * array.nbytes},
     )
+
+
+def _repeats() -> int:
+    """Turns in one program: on a GPU starting one takes as long as many a product."""
+    import jax
+
+    return 1 if jax.default_backend() == "cpu" else 50
 
 
 def _device() -> str:
