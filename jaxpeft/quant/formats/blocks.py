@@ -50,14 +50,21 @@ def pack_nibbles(codes: Any) -> Any:
 
 
 def unpack_nibbles(packed: Array) -> Array:
-    """The inverse of `pack_nibbles`."""
-    return bit_fields(packed, 1, (0, 4), 15)
+    """The inverse of `pack_nibbles`.
+
+    XLA takes a concatenation into what uses it on a CPU alone; on a GPU it keeps from vectors.
+    """
+    fields = functools.partial(bit_fields, group=1, shifts=(0, 4), mask=15)
+    return lax.platform_dependent(packed, cpu=_halves, default=fields)
+
+
+def _halves(packed: Array) -> Array:
+    pairs = jnp.stack([packed & 15, packed >> 4], axis=-2)
+    return pairs.reshape(*packed.shape[:-2], 2 * packed.shape[-2], packed.shape[-1])
 
 
 def bit_fields(x: Array, group: int, shifts: Sequence[int], mask: int) -> Array:
     """Bit fields of bytes (..., k, out): of each `group` of bytes, one field of all, then the next.
-
-    Bytes are shifted by an array of shifts: a GPU does not vectorize a concatenation.
 
     Returns:
         uint8 (..., k * len(shifts), out).
