@@ -85,8 +85,9 @@ def compare(
     quantization(quantize)
     _check(epochs=epochs, steps=steps, batch_size=batch_size, max_length=max_length, limit=limit)
     train.read_specs(methods)
+    common.check_writable(output, "--output")
     console, began = Console(highlight=False), time.perf_counter()
-    with console.status(f"Loading {model}"):
+    with common.doing(f"Loading {model}"):
         prepared = prepare(source)
     steps = steps or epochs * len(prepared.task.train)
     console.print(_plan(source, prepared, len(methods), steps))

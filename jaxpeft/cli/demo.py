@@ -66,6 +66,7 @@ def demo(
     if steps < 1:
         raise ValueError(f"--steps {steps} trains nothing. Use 1 or more.")
     packing, began = quantization(quantize), time.perf_counter()
+    common.check_writable(output, "--output")
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory() as scratch:
         task = _made_up_task(Path(scratch)) if small else _task(cache)
@@ -118,7 +119,7 @@ class _Run:
         from jaxpeft import models, train
 
         self.task, self.steps, self.seed, self.console = task, steps, seed, console
-        with console.status(f"Loading {task.name}"):
+        with common.doing(f"Loading {task.name}"):
             self.model, self.params = models.load(task.path, quantize=packing)
             self.tokenizer = common.load_tokenizer(task.path)
         self.held_out = task.held_out[:HELD_OUT]
@@ -167,7 +168,7 @@ class _Run:
 
         examples = self._encode(self.held_out)
         batches = train.Batches(examples, BATCH_SIZE, lengths=_lengths(examples))
-        with self.console.status("Asking about the held-out sentences"):
+        with common.doing("Asking about the held-out sentences"):
             counts = [self._evaluation(self.adapter, self.params, b) for b in batches]
         total, tokens, right = np.sum(np.asarray(counts, np.float64), axis=0)
         return Score(total / tokens, right / len(examples))
@@ -202,7 +203,7 @@ class _Run:
         ids = [np.array(self.tokenizer(t, add_special_tokens=False).input_ids) for t in texts]
         longest = max(len(row) for row in ids)
         batch = pad([Example(row, np.ones(len(row), bool)) for row in ids], longest)
-        with self.console.status("Writing a few answers"):
+        with common.doing("Writing a few answers"):
             new = generate(
                 self.tuned.apply,
                 (self.adapter, self.params),

@@ -42,11 +42,12 @@ def finetune(training: Options) -> None:
     check(options)
     _check_output(options)
     path = common.locate(options.model, options.cache)
-    data = _data(options, common.load_tokenizer(path))
-    model, params = _load(path, options, console)
+    with common.doing(f"Reading {options.data}"):
+        data = _data(options, common.load_tokenizer(path))
+    model, params = _load(path, options)
     tuned, adapter = _tuned(model, params, options)
     steps = options.steps or options.epochs * len(data.train)
-    console.print(_plan(path, params, tuned, adapter, data, steps))
+    console.print(_plan(path, params, tuned, adapter, data, steps, options.max_length))
     state = _train(options, tuned, adapter, params, data, steps)
     if int(state.step) < steps:
         raise KeyboardInterrupt(
@@ -80,15 +81,16 @@ def _check_output(options: Options) -> None:
             f"{options.output} holds a run with a checkpoint of step {latest}. Add --resume to "
             "continue it, or choose another --output."
         )
+    common.check_writable(options.output, "--output")
 
 
-def _load(path: Path, options: Options, console: Console) -> tuple[Any, Any]:
+def _load(path: Path, options: Options) -> tuple[Any, Any]:
     import jax.numpy as jnp
 
     import jaxpeft as jp
     from jaxpeft import models
 
-    with console.status(f"Loading {path.name}"):
+    with common.doing(f"Loading {path.name}"):
         model, params = models.load(
             path,
             dtype=jnp.dtype(options.dtype),
@@ -227,9 +229,13 @@ def _save(options: Options, tuned: Any, adapter: Any, model: Any) -> Path:
     return path
 
 
-def _plan(path: Path, params: Any, tuned: Any, adapter: Any, data: Data, steps: int) -> Table:
+def _plan(
+    path: Path, params: Any, tuned: Any, adapter: Any, data: Data, steps: int, limit: int
+) -> Table:
     trained, total = common.trained(tuned, adapter), common.count(params)
     held = f", {len(data.evaluation.examples):,} held out" if data.evaluation else ""
+    full = sum(len(example.tokens) == limit for example in data.train.examples)
+    held += f"; {full:,} fill --max-length {limit} or were cut to it" if full else ""
     table = Table.grid(padding=(0, 2))
     for name, value in (
         ("model", f"{path.name}, {total:,} parameters, all frozen{packed_as(params)}"),

@@ -106,7 +106,8 @@ def _speaker(path: Path, adapter: Path | None, dtype: str, packing: Any) -> Spea
 
     tokenizer = common.load_tokenizer(path)
     dtyped = jnp.dtype(dtype)
-    model, params = models.load(path, dtype=dtyped, quantize=packing, task="causal-lm")
+    with common.doing(f"Loading {path.name}"):
+        model, params = models.load(path, dtype=dtyped, quantize=packing, task="causal-lm")
     # The end of a turn may be another token than the end of a text.
     last = {*model.config.eos_token_id, *filter(None, [tokenizer.eos_token_id])}
     ends = tuple(sorted(last))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -126,7 +127,8 @@ def _sites(config: Any) -> list[Any]:
 
 
 def _table(sites: Iterable[Any]) -> Table:
-    table = Table(title="Parameters")
+    # Narrow enough for whole paths in 80 columns.
+    table = Table(title="Parameters", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("path", overflow="fold")
     for column in ("shape", "axes", "float32"):
         table.add_column(column)

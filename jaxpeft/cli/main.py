@@ -1,7 +1,9 @@
 """The commands, and what becomes of their errors."""
 
+import errno
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,9 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     console = Console(stderr=True, highlight=False)
     try:
-        return _run(sys.argv[1:] if args is None else list(args))
+        with warnings.catch_warnings():
+            warnings.showwarning = _shown(console, warnings.showwarning)
+            return _run(sys.argv[1:] if args is None else list(args))
     except KeyboardInterrupt as stop:
         console.print(str(stop) or "Stopped.", style="yellow", markup=False, soft_wrap=True)
         return _INTERRUPTED
@@ -64,6 +68,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if not _is_message(error):
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            error = OSError(f"{error}. Free some space and try again.")
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 2
 
@@ -74,6 +80,18 @@ def _run(args: list[str]) -> int:
         COMMANDS, prog="jaxpeft", description=_DESCRIPTION, args=with_file(args), config=config
     )
     return 0
+
+
+def _shown(console: Console, others: Callable[..., None]) -> Callable[..., None]:
+    """What shows a warning: those of this package without the line that it comes from."""
+
+    def show(message: Any, category: type, filename: str, *rest: Any) -> None:
+        if issubclass(category, UserWarning) and filename.startswith(_PACKAGE):
+            console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+        else:
+            others(message, category, filename, *rest)
+
+    return show
 
 
 def _is_message(error: Exception) -> bool:

@@ -69,7 +69,7 @@ def merge(
     console = Console(highlight=False)
     path = common.locate(model, cache)
     check_output(output, path, force)
-    with console.status(f"Merging {adapter} into {path.name}"):
+    with common.doing(f"Merging {adapter} into {path.name}"):
         decoder, params = models.load(path, quantize=packing)
         tuned, leaves = load_adapter(adapter, decoder, params)
         summed = _sum(tuned, leaves, params, again=packing is not None and not dense)
@@ -133,6 +133,7 @@ def check_output(output: Path, model: Path, force: bool) -> None:
             f"OUTPUT {output} is not empty. Give another directory, or add --force to write there "
             "all the same."
         )
+    common.check_writable(output, "OUTPUT")
 
 
 def _cast(params: Any, dtype: str, dense: bool) -> Any:

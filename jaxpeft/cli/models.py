@@ -2,9 +2,13 @@
 
 import math
 import shlex
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 FETCHABLE = ("smollm2-135m-instruct",)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -95,6 +99,43 @@ def load_tokenizer(path: Path) -> Any:
             "model's repository, or save them with `tokenizer.save_pretrained(directory)`."
         )
     return models.load_tokenizer(path)
+
+
+@contextmanager
+def doing(text: str) -> Iterator[None]:
+    """Says on standard error what takes its time: while it does on a terminal, else in a line."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        console.print(f"{text} ...", markup=False, soft_wrap=True)
+        yield
+        return
+    with console.status(text):
+        yield
+
+
+def check_writable(directory: Path, option: str) -> None:
+    """Tries whether files can be written, before what takes time; leaves nothing behind.
+
+    Args:
+        directory: which need not be there yet.
+        option: its name, for the message.
+
+    Raises:
+        OSError: they cannot.
+    """
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise OSError(
+            f"{option} {directory} cannot be written: {error.strerror}. Give another directory."
+        ) from error
+    finally:
+        for path in made:
+            if path.is_dir():
+                path.rmdir()
 
 
 def size_on_disk(path: Path) -> int:

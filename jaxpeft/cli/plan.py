@@ -85,7 +85,7 @@ def plan(
     rule = train.optimizer(1e-3, name=optimizer)
     rule = train.offload(rule) if is_offloaded("optimizer", offload) else rule
     rounded = adapter_dtype != "float32"
-    with console.status("Compiling a step"):
+    with common.doing("Compiling a step"):
         shape = (batch_size, max_length)
         memory = _memory(tuned, adapter, params, rule, shape, accumulate, rounded)
     total, trained = common.count(params), common.trained(tuned, adapter)

@@ -45,7 +45,7 @@ def quantize(
     console = Console(highlight=False)
     path = common.locate(model, cache)
     check_output(output, path, force)
-    with console.status(f"Packing {path.name}"):
+    with common.doing(f"Packing {path.name}"):
         loaded, params = models.load(path, dtype=jnp.dtype(dtype), quantize=packing)
         models.save(output, loaded, params, tokenizer_from=path, quant_method=method)
     number = f"{common.count(params):,} parameters"

@@ -45,7 +45,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
     # safetensors makes files that their owner alone can read; these are like any other.
     path.touch()
     mode = path.stat().st_mode
-    save_file(arrays, path, metadata=dict(metadata))
+    try:
+        save_file(arrays, path, metadata=dict(metadata))
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}. Is the disk full?") from error
     path.chmod(mode)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxpeft.models.families import family_of
@@ -178,7 +179,10 @@ def _write(path: Path, shard: list[Piece], leaves: Leaves, packer: Writer | None
     # safetensors makes files that their owner alone can read; these are like any other.
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}. Is the disk full?") from error
     path.chmod(mode)
     return tensors.keys()
 

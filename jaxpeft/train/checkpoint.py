@@ -75,6 +75,9 @@ def save(
         compares them.
       keep: older checkpoints than the last `keep` are deleted; None keeps all.
 
+    Raises:
+      OSError: if it cannot be written, as on a full disk; earlier ones stay.
+
     Example:
       >>> import tempfile, jax.numpy as jnp
       >>> directory = tempfile.mkdtemp()
@@ -90,7 +93,15 @@ def save(
         if step in manager.all_steps():
             return
         args = {"state": ocp.args.StandardSave(flat), "about": ocp.args.JsonSave(about)}
-        manager.save(step, args=ocp.args.Composite(**args))
+        whole = manager.latest_step()
+        try:
+            manager.save(step, args=ocp.args.Composite(**args))
+        except (OSError, ValueError) as error:
+            kept = "There is none before it" if whole is None else f"That of step {whole} is whole"
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {str(directory)!r}: "
+                f"{error}. {kept}. Make room on the disk, and resume."
+            ) from error
 
 
 def restore(

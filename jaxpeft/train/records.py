@@ -73,11 +73,24 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}. Give the path of a JSONL file.")
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = _text(path).split("\n")
     records = [_parse(ln, f"{path}:{i}") for i, ln in enumerate(lines, 1) if ln.strip()]
     if not records:
         raise ValueError(f"{path} holds no records. Each line is one of:\n{_allowed()}")
     return records
+
+
+def _text(path: Path) -> str:
+    """A file as text, without the mark that some editors put in front."""
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}:{line}: byte 0x{raw[error.start]:02x} is no UTF-8. Save the file as UTF-8, as "
+            f"with `iconv -t UTF-8 {path} > new.jsonl`."
+        ) from error
 
 
 def _allowed() -> str:

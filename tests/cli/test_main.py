@@ -1,7 +1,9 @@
 """The demo, inspect, help texts and errors."""
 
+import errno
 import inspect
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +149,39 @@ def test_exit_codes(jaxpeft, monkeypatch, error, code, message):
     monkeypatch.setitem(COMMANDS, "stop", raising(error))
     result = jaxpeft("stop")
     assert result.code == code and message in result.err
+
+
+def test_a_warning_of_ours_is_a_line_and_others_are_as_ever(jaxpeft, monkeypatch, recwarn):
+    def command():
+        warnings.warn_explicit("left out [2]", UserWarning, common.__file__, 1)
+        warnings.warn_explicit("old", UserWarning, "elsewhere.py", 1)
+
+    warnings.simplefilter("always")
+    monkeypatch.setitem(COMMANDS, "warn", command)
+    result = jaxpeft("warn")
+    assert result.code == 0 and result.err == "warning: left out [2]"
+    assert [str(warning.message) for warning in recwarn] == ["old"]
+
+
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_read(jaxpeft, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    place = tmp_path / "file" / "out"
+    for args in (
+        ("finetune", tmp_path, tmp_path / "data.jsonl", "--output", place),
+        ("merge", tmp_path, tmp_path, place),
+        ("quantize", tmp_path, place),
+        ("demo", "--small", "--output", place),
+        ("compare", tmp_path, tmp_path / "data.csv", "--output", place),
+    ):
+        result = jaxpeft(*args)
+        assert result.code == 2 and f"{place} cannot be written: Not a directory" in result.err
+    common.check_writable(tmp_path / "a" / "b", "--output")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_says_what_to_do(jaxpeft, monkeypatch):
+    monkeypatch.setitem(COMMANDS, "stop", raising(OSError(errno.ENOSPC, "No space left")))
+    assert "No space left. Free some space and try again." in jaxpeft("stop").err
 
 
 def test_a_name_of_a_fetchable_model(tmp_path, monkeypatch):

@@ -1,3 +1,5 @@
+import resource
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,21 @@ def test_a_step_that_is_there_is_left_as_it_is(tmp_path):
     for value in (1.0, 2.0):
         train.save(tmp_path, 7, {"x": jnp.float32(value)})
     assert float(train.restore(tmp_path, {"x": jnp.zeros(())})["x"]) == 1.0
+
+
+def test_a_disk_without_room_is_said_and_the_last_checkpoint_stays(tmp_path):
+    train.save(tmp_path, 1, {"x": jnp.zeros(4)})
+    noise = jax.random.normal(jax.random.key(0), (2**18,))  # does not compress to nothing
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, limits[1]))
+    try:
+        with pytest.raises(OSError, match="step 2 could not be written .* That of step 1 is whole"):
+            train.save(tmp_path, 2, {"x": noise})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert train.latest_step(tmp_path) == 1
+    train.save(tmp_path, 2, {"x": noise})  # what is left of the failed one is not in the way
+    assert train.latest_step(tmp_path) == 2
 
 
 def test_a_broken_save_leaves_the_last_one(tmp_path):

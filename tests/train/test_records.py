@@ -59,3 +59,13 @@ def test_every_form_is_shown_in_the_message(tmp_path):
         train.read_jsonl(write(tmp_path / "bad.jsonl", {}))
     for key in ("messages", "prompt", "completion", "instruction", "input", "output", "text"):
         assert f'"{key}"' in str(error.value)
+
+
+def test_a_file_in_another_encoding_names_the_line(tmp_path):
+    path = tmp_path / "d.jsonl"
+    good = '{"text": "für \u2028 🚀"}'
+    path.write_bytes(b"\xef\xbb\xbf" + good.encode())  # as some editors begin UTF-8
+    assert train.read_jsonl(path)[0].fields["text"] == "für \u2028 🚀"
+    path.write_bytes(good.encode() + b"\n" + '{"text": "für"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"d.jsonl:2: byte 0xfc is no UTF-8.*iconv"):
+        train.read_jsonl(path)
