@@ -39,8 +39,14 @@ def inspect(path: Annotated[Text, tyro.conf.arg(metavar="PATH")], *, cache: File
         _pairs(console, about)
     if steps:
         _run(place, steps, console)
-    if not steps and not adapter:
-        _model(place, console)
+    if steps or adapter:
+        return
+    if place.is_dir() and not (place / "config.json").is_file() and not any(place.glob("*.gguf")):
+        raise FileNotFoundError(
+            f"{place} holds nothing to inspect: no model (config.json or a .gguf file), no adapter "
+            "(adapter_config.json or adapter.safetensors), no checkpoints."
+        )
+    _model(place, console)
 
 
 def _checkpoints(place: Path) -> dict[int, Path]:

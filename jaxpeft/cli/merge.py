@@ -90,6 +90,11 @@ def merge(
             f"it, and the update by {rounding.update:.2g} of its norm.",
             soft_wrap=True,
         )
+        if rounding.update > 0.5:
+            console.print(
+                "That is half of what the adapter adds, or more. Use --dtype float32, or the "
+                "adapter apart.", style="yellow", soft_wrap=True,
+            )  # fmt: skip
 
 
 def _sum(tuned: Any, leaves: Any, params: Any, *, again: bool) -> Any:

@@ -129,7 +129,6 @@ def fit(
       [(1, 0.0), (2, 1.0)]
     """
     folder, start = Path(directory), int(state.step)
-    _enter(folder, start)
     rate = learning_rate if callable(learning_rate) else lambda _: learning_rate
 
     def take(position: int) -> tuple[Any, int]:
@@ -144,8 +143,13 @@ def fit(
         path = folder / CHECKPOINTS
         save(path, int(state.step), state, fingerprint=fingerprint, keep=keep)
 
-    batch, tokens = take(start) if start < steps else (None, 0)
+    # From the first file on a signal waits until all of them are whole.
     with stop_on_signal() as stopped, progress(start, steps) as show:
+        _enter(folder, start)
+        batch, tokens = take(start) if start < steps else (None, 0)
+        if stopped():
+            checkpoint(state)
+            return state
         for done in range(start + 1, steps + 1):
             began = time.perf_counter()
             state, metrics = step(state, params, batch)

@@ -97,3 +97,8 @@ def test_a_damaged_one_is_one_message(jaxpeft, saved):
     (place / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": float("nan")}))
     result = jaxpeft("inspect", place)
     assert result.code == 2 and "out of range" in result.err
+
+
+def test_a_directory_without_any_of_it_is_one_message(jaxpeft, tmp_path):
+    result = jaxpeft("inspect", tmp_path)
+    assert result.code == 2 and "holds nothing to inspect: no model (config.json" in result.err

@@ -127,6 +127,15 @@ def test_a_signal_saves_and_stops(tiny, tmp_path, number):
     assert losses(tmp_path) == losses(tmp_path / "whole")
 
 
+def test_a_signal_before_the_first_step_makes_none(tiny, tmp_path):
+    batches = tiny.batches()
+    early = lambda i: signal.raise_signal(signal.SIGINT) or batches(i)  # noqa: E731
+    assert int(fit(tiny, tmp_path, 4, data=early).step) == 0
+    assert train.latest_step(tmp_path / "checkpoints") == 0
+    state = fit(tiny, tmp_path, 4, state=train.restore(tmp_path / "checkpoints", start(tiny)))
+    assert int(state.step) == 4
+
+
 def test_the_second_signal_is_not_held_back():
     # A shell lets its background jobs ignore Ctrl-C; this one is to heed it.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
