@@ -10,6 +10,7 @@ from jaxpeft.cli import models as common
 CONFIG = "adapter_config.json"
 FUSION = "adapter_fusion_config.json"
 NATIVE = "adapter.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 OWN, PEFT, ADAPTERHUB = "jaxpeft's own", "Hugging Face PEFT's", "AdapterHub's"
 
 _SHOWN = (
@@ -44,7 +45,7 @@ def save_adapter(directory: Path, tuned: Any, adapter: Any, model: Any, base: st
         # An earlier adapter of PEFT's would be read in place of this one.
         (directory / CONFIG).unlink(missing_ok=True)
         return directory / NATIVE
-    return directory / "adapter_model.safetensors"
+    return directory / WEIGHTS
 
 
 def load_adapter(path: Path, model: Any, params: Any) -> tuple[Any, Any]:
@@ -151,7 +152,7 @@ def _peft(place: Path) -> Described:
     from jaxpeft.hf.files import read_json
     from jaxpeft.hf.tensors import PREFIX, Reader
 
-    config, reader = read_json(place / CONFIG), Reader(place / "adapter_model.safetensors")
+    config, reader = read_json(place / CONFIG), Reader(place / WEIGHTS)
     modules = sorted({_module(name.removeprefix(PREFIX)) for name in reader.tensors})
     targets = config.get("target_modules")
     listed = sorted(map(str, targets)) if isinstance(targets, list) else [targets]

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpeft.cli import models as common
-from jaxpeft.cli.adapters import save_adapter
+from jaxpeft.cli.adapters import NATIVE, WEIGHTS, save_adapter
 from jaxpeft.cli.formats import packed_as, quantization
 from jaxpeft.cli.options import Options, check, spec_of, write_options
 from jaxpeft.cli.tunings import in_dtype, is_offloaded, peak_rate, policy, tuning
@@ -80,6 +80,12 @@ def _check_output(options: Options) -> None:
         raise ValueError(
             f"{options.output} holds a run with a checkpoint of step {latest}. Add --resume to "
             "continue it, or choose another --output."
+        )
+    there = [name for name in (WEIGHTS, NATIVE) if (options.output / name).is_file()]
+    if not options.resume and there:
+        raise ValueError(
+            f"{options.output} holds an adapter, {there[0]}, which would be overwritten. Choose "
+            "another --output."
         )
     common.check_writable(options.output, "--output")
 

@@ -21,6 +21,7 @@ from jaxpeft.train.step import Metrics, State, Step
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+_STOPPING = b"\nStopping after this step, with a checkpoint; once more stops at once, without.\n"
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -58,6 +59,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     def handler(number: int, frame: Any) -> None:
         seen.append(number)
         signal.signal(number, old[number])
+        os.write(2, _STOPPING)  # not print, which the signal may have come in the middle of
 
     for s in signals:
         signal.signal(s, handler)

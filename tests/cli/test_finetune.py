@@ -285,3 +285,12 @@ def test_a_stopped_run_says_how_to_go_on(jaxpeft, tiny_model, data, tmp_path, mo
 def test_a_finished_run_is_not_overwritten(jaxpeft, run, tiny_model, data):
     result = jaxpeft("finetune", tiny_model, data, "--output", run, *SHORT)
     assert result.code == 2 and "checkpoint of step 4" in result.err and "--resume" in result.err
+
+
+def test_an_adapter_from_elsewhere_is_not_overwritten(jaxpeft, tiny_model, data, tmp_path):
+    for name in ("adapter_model.safetensors", "adapter.safetensors"):
+        (tmp_path / name).write_bytes(b"mine")
+        result = jaxpeft("finetune", tiny_model, data, "--output", tmp_path, *SHORT)
+        assert result.code == 2 and f"holds an adapter, {name}" in result.err
+        assert (tmp_path / name).read_bytes() == b"mine"
+        (tmp_path / name).unlink()

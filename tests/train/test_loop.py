@@ -116,11 +116,12 @@ def test_a_loss_that_is_not_finite_stops_and_loses_nothing(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_stops(tiny, tmp_path, number):
+def test_a_signal_saves_and_stops(tiny, tmp_path, number, capfd):
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     raised = lambda row: row["step"] == 2 and signal.raise_signal(number)  # noqa: E731
     state = fit(tiny, tmp_path, 6, on_step=raised)
     assert int(state.step) == 2 == train.latest_step(tmp_path / "checkpoints")
+    assert "Stopping after this step" in capfd.readouterr().err
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
     resumed = fit(tiny, tmp_path, state=train.restore(tmp_path / "checkpoints", start(tiny)))
     assert raw(resumed) == raw(fit(tiny, tmp_path / "whole"))
