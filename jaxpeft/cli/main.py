@@ -36,6 +36,11 @@ _DESCRIPTION = (
     "Start with `jaxpeft demo`: it downloads a small model and tunes it in about five minutes."
 )
 _PACKAGE = str(Path(__file__).parents[1])
+_NO_MEMORY = "RESOURCE_EXHAUSTED"  # as XLA says it
+_SMALLER = (
+    "Use less of it: a smaller --batch-size or --max-length, --accumulate, --remat layers, "
+    "--quantize nf4, --offload all. `jaxpeft plan` says what a step takes."
+)
 _INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 
@@ -66,6 +71,10 @@ def main(args: Sequence[str] | None = None) -> int:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and str(error).startswith(_NO_MEMORY):
+            text = f"error: the device is out of memory ({error}). {_SMALLER}"
+            console.print(text, style="red", markup=False, soft_wrap=True)
+            return 1
         if not _is_message(error):
             raise
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:

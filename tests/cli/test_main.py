@@ -142,6 +142,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         (KeyboardInterrupt(), 130, "Stopped."),
         (KeyboardInterrupt("at step 3"), 130, "at step 3"),
         (FloatingPointError("step 2: the loss is nan"), 1, "the loss is nan"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 3 GiB"), 1, "a smaller --batch-size"),
         (PermissionError("no write here"), 2, "no write here"),
     ],
 )
