@@ -190,7 +190,8 @@ def front_ids(fronts: Sequence[Front], batch: int, chosen: Mapping[str, Any]) ->
 def _ids(front: Front, tokens: Array, chosen: Mapping[str, Any]) -> Array:
     virtual, shape = front.virtual, (*tokens.shape[:-1], front.virtual.length)
     if virtual.rows is None:
-        return jnp.zeros(shape, tokens.dtype)
+        # Any will do, but for models that make a mask of the ids: the largest is no padding there.
+        return jnp.broadcast_to(tokens.max(axis=-1, keepdims=True, initial=0), shape)
     ids = front.start + jnp.arange(virtual.length)
     if virtual.task:
         if chosen.get(virtual.task) is None:

@@ -31,7 +31,7 @@ def linen_function(module: linen.Module, marks: Marks | None = None) -> Callable
         return call
 
     def call_marked(variables: Any, *inputs: Any, mutable: Any = False, **kwargs: Any) -> Any:
-        with linen.intercept_methods(functools.partial(_marked_call, marks)):
+        with linen.intercept_methods(functools.partial(_marked_call, marks, [])):
             told = _apart(mutable, marks)
             out, state = call(variables, *inputs, mutable=told, **kwargs)
         return out if mutable is False else (out, state)
@@ -52,7 +52,18 @@ def _apart(mutable: Any, marks: Any) -> Any:
     return (*names, marks)
 
 
-def _marked_call(marks: Marks, run: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    if context.method_name != "__call__":
+def _marked_call(
+    marks: Marks, running: list[str], run: Any, args: Any, kwargs: Any, context: Any
+) -> Any:
+    """A call, marked unless it is part of one at the same path: `super().__call__`, shared scopes.
+
+    `running` are the paths of the calls around it.
+    """
+    path = "/".join(context.module.path)
+    if context.method_name != "__call__" or path in running:
         return run(*args, **kwargs)
-    return mark_call(run, "/".join(context.module.path), args, kwargs, marks)
+    running.append(path)
+    try:
+        return mark_call(run, path, args, kwargs, marks)
+    finally:
+        running.pop()

@@ -229,6 +229,20 @@ def test_a_scanned_and_remat_linen_model_decodes_with_its_cache(method):
     assert np.abs(expected - whole.apply(params, TOKENS, places)).max() > 1e-2
 
 
+class MaskOfIds(Linen):
+    def __call__(self, words):
+        return super().__call__(words, words != 0)
+
+
+def test_a_prefix_is_seen_by_models_that_take_the_mask_from_the_ids():
+    model, prefix = Linen(False), jp.prefix_tuning(N, names=NAMES)
+    variables = model.init(jax.random.key(0), TOKENS)
+    tuned, itself = (jp.transform(m, prefix) for m in (model, MaskOfIds(False)))
+    adapter = tuned.init(jax.random.key(1), variables, TOKENS, TOKENS != 0)
+    want = tuned.apply(adapter, variables, TOKENS, TOKENS != 0)
+    np.testing.assert_allclose(itself.apply(adapter, variables, TOKENS), want, atol=1e-6)
+
+
 def test_a_prefix_in_some_attentions_alone_is_refused():
     module = Linen(False)
     variables = module.init(jax.random.key(0), TOKENS)

@@ -95,6 +95,22 @@ def test_linen_jits_its_calls_and_boundaries_are_found_in_them(mutable, linen):
     assert not np.allclose(got[0], jitted.apply(variables, X, **run)[0])
 
 
+class Scaled(Net):
+    def __call__(self, x, train=False):
+        return 2 * super().__call__(x, train)
+
+
+def test_linen_calls_within_a_call_at_the_same_path_are_part_of_it(linen):
+    """A boundary that a subclass shares with its base is met once."""
+    variables, rule = linen[1], jp.rules((":out", jp.bottleneck(2)))
+    tuned = jp.transform(Scaled(), rule)
+    adapter = nudged(tuned.init(jax.random.key(1), variables, X, mutable=["batch_stats"]))
+    base, _ = Scaled().apply(variables, X, mutable=["batch_stats"])
+    got, _ = tuned.apply(adapter, variables, X, mutable=["batch_stats"])
+    last = jp.transform(lambda params, x: jp.tap(x, ":out"), rule)
+    close(got, last.apply(adapter, {}, base))
+
+
 def live():
     model = Live(nnx.Rngs(0))
     return model, nnx.state(model)
