@@ -240,9 +240,11 @@ def _same_shape(eqn: Any, tracks: Sequence[_Track | None]) -> list[_Track | None
     """Past an unknown operation that keeps the shape (a mask, an activation) axes keep their place.
 
     The weight is dense from there on, but which of its axes the product contracts is still known.
+    One that was broadcast first is part of the activations there, such as positions of a batch.
     """
     shape, track = next((t.layout.shape, t) for t in tracks if t)
-    return [track if var.aval.shape == shape else None for var in eqn.outvars]
+    own = {label for axis in track.layout.axes for label in axis} <= dict(track.origin).keys()
+    return [track if own and var.aval.shape == shape else None for var in eqn.outvars]
 
 
 def _scaled(eqn: Any, tracks: Sequence[_Track | None], scalars: Sequence[bool]) -> _Track | None:

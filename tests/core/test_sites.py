@@ -118,6 +118,13 @@ def test_keyword_arguments_and_numbers_reach_the_model():
     assert site.roles == ("out", "in")
 
 
+def test_positions_that_a_batch_takes_are_activations():
+    params = {"where": array(5, 7), "w": array(7, 3)}
+    add = lambda params, x: (x + params["where"]) @ params["w"]  # noqa: E731
+    sites = jp.transform(add, jp.lora(2)).sites(params, array(2, 5, 7))
+    assert {site.path: site.linear for site in sites} == {"where": False, "w": True}
+
+
 def test_sites_go_through_json():
     site = Site("a/w", (3, 5), "float32", ("stack", "in"), ("gather",), 2, ("sort",))
     assert Site.from_json(site.to_json()) == site
