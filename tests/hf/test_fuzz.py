@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxpeft as jp
@@ -109,6 +109,7 @@ anything = st.recursive(
 @pytest.mark.parametrize(
     "kind", [*PEFT, *(f"hub {name}" for name in HUB), "own lora", "own shadow", "own prefix"]
 )
+@settings(max_examples=8)
 @given(data=st.data())
 def test_a_configuration_is_read_or_is_an_error_that_says_why(kind, data):
     config, put, load = made(kind)
