@@ -34,6 +34,8 @@ def applies(fmt: Any, packed: Any, m: int) -> bool:
     return m <= FEW and abstract(fmt, packed) is not None
 
 
+# Jitted, so that a model traces it once for all matrices of a shape.
+@functools.partial(jax.jit, static_argnames=("fmt", "dtype", "unroll"))
 def multiply(fmt: Any, packed: Any, x: Array, dtype: DTypeLike, *, unroll: bool) -> Array:
     """`x (M, K)` times a packed matrix: `(M, N)` of this dtype, summed in float32."""
     weight = planes(fmt, packed)
