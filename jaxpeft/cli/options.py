@@ -8,7 +8,7 @@ import tyro
 
 from jaxpeft.cli.formats import Quantize, quantization
 from jaxpeft.cli.models import DTYPES
-from jaxpeft.cli.tunings import Narrow, Offload, Remat, Rule, specification
+from jaxpeft.cli.tunings import Narrow, Offload, Remat, Rule, is_offloaded, specification
 
 Text = tyro.conf.Positional[str]
 Integer = Annotated[int | None, tyro.conf.arg(metavar="INT")]
@@ -141,10 +141,22 @@ def check(options: Options) -> None:
         good = given[name] is None or 0 <= given[name] < 1
         check_range(name, given[name], good, "a share from 0 to below 1")
     quantization(options.quantize)
-    spec_of(options)
+    check_offload(options.offload, spec_of(options))
     if options.eval_data and options.eval_fraction:
         raise ValueError("--eval-data and --eval-fraction are both given. Use one of them.")
     check_parts(options.batch_size, options.accumulate)
+
+
+def check_offload(offload: str | None, method: str) -> None:
+    """Raises ValueError where the weights are to wait in host memory and to be trained."""
+    from jaxpeft import train
+
+    trained = any(part.name == "full" for part in train.read_spec(method).methods)
+    if trained and is_offloaded("weights", offload):
+        raise ValueError(
+            f"--offload {offload} is for frozen weights, and --method {method} trains them. Use "
+            "--offload optimizer."
+        )
 
 
 def check_parts(batch_size: int, accumulate: int) -> None:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from jaxpeft.cli import models as common
 from jaxpeft.cli.formats import KEEP, Quantize, quantization
-from jaxpeft.cli.options import Dtype, File, Glob, Text, check_parts, check_range
+from jaxpeft.cli.options import Dtype, File, Glob, Text, check_offload, check_parts, check_range
 from jaxpeft.cli.tunings import (
     Narrow,
     Offload,
@@ -68,6 +68,7 @@ def plan(
     for name, size in sizes.items():
         check_range(name, size, size >= 1, "1 or more")
     check_parts(batch_size, accumulate)
+    check_offload(offload, method)
     packing = quantization(quantize)
     console = Console(highlight=False)
     path = common.locate(model, cache)

@@ -227,6 +227,7 @@ def test_merge_keeps_what_is_there(jaxpeft, run, tiny_model, tmp_path):
         (("--dropout", "1"), "--dropout 1.0 is out of range"),
         (("--batch-size", "6", "--accumulate", "4"), "multiple"),
         (("--method", "lorra"), "none of: lora"),
+        (("--method", "full", "--offload", "all"), "trains them. Use --offload optimizer."),
         (("--schedule", "step"), "Expected one of ('constant', 'linear', 'cosine')"),
         (("--learning-rate", "fast"), "Error parsing --learning-rate"),
         (("--eval-fraction", "0.01"), "--eval-fraction 0.01 of 12 records is 0"),

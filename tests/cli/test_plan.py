@@ -74,6 +74,7 @@ def test_errors_name_the_option(jaxpeft, config, tmp_path):
         (("--batch-size", 0), "--batch-size 0 is out of range"),
         (("--batch-size", 3, "--accumulate", 2), "--accumulate 2 equal parts"),
         (("--method", "lora:rank=0"), "rank=0"),
+        (("--method", "full", "--offload", "weights"), "trains them. Use --offload optimizer."),
         (("--targets", "**/none/*"), "matched none"),
     ):
         result = jaxpeft("plan", config, *options)
