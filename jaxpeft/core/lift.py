@@ -23,7 +23,8 @@ from jaxpeft.core import contract, control, views
 from jaxpeft.core.frame import Frame, frame, named
 from jaxpeft.core.labels import View
 from jaxpeft.core.report import Materialized, Report, refuse, warn
-from jaxpeft.core.structured import Contraction, Structured, apply_view
+from jaxpeft.core.sharding import vary
+from jaxpeft.core.structured import Contraction, Structured, alike, apply_view, placeholder
 from jaxpeft.core.tap import Tap, inside
 
 Values = list[Any]
@@ -104,6 +105,7 @@ def _interpreted(
     taps: dict[str, Tap],
     before: Values,
 ) -> Any:
+    weights = [alike(weight) for weight in weights]
     jaxpr, consts, out_tree = trace(f, outer, inner, weights, inputs)
     reached: set[str] = set()
     outs = evaluate(jaxpr, consts, [*weights, *inputs], Scope(report, taps, reached))
@@ -134,16 +136,10 @@ def trace(
         args, kwargs = inner.fill(inputs)
         return f(outer.fill(weights), *args, **kwargs)
 
-    shapes = [_placeholder(weight) for weight in weights]
+    shapes = [placeholder(weight) for weight in weights]
     closed, out = jax.make_jaxpr(flat, return_shape=True)(shapes, inputs)
     jaxpr, consts = control.open_jaxpr(closed)
     return jaxpr, consts, jax.tree.structure(out)
-
-
-def _placeholder(weight: Any) -> Any:
-    if not isinstance(weight, Structured):
-        return weight
-    return jax.ShapeDtypeStruct(weight.shape, weight.dtype)
 
 
 @dataclasses.dataclass
@@ -274,7 +270,7 @@ def _touched(eqn: Any, values: Values, scope: Scope) -> Values:
     if name in control.RULES:
         outs = control.RULES[name](eqn, values, scope.inner(eqn))
     elif name in _LEAFWISE:
-        outs = _LEAFWISE[name](values)
+        outs = _LEAFWISE[name](values, eqn.params)
     else:
         weights = any(isinstance(value, Structured) for value in values)
         outs = _at_weight(eqn, values, scope) if weights else None
@@ -387,7 +383,8 @@ def _scale(name: str, side: int, factor: Any) -> Any:
     return "scale", (1 / value if name == "div" else value, dimensions)
 
 
-_LEAFWISE: dict[str, Callable[[Values], Values]] = {
-    "stop_gradient": lambda values: jax.tree.map(lax.stop_gradient, values),
-    "optimization_barrier": lambda values: lax.optimization_barrier(values),
+_LEAFWISE: dict[str, Callable[[Values, Any], Values]] = {
+    "stop_gradient": lambda values, _: jax.tree.map(lax.stop_gradient, values),
+    "optimization_barrier": lambda values, _: lax.optimization_barrier(values),
+    "pvary": lambda values, params: vary(values, params["axes"]),
 }

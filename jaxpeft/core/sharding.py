@@ -118,3 +118,25 @@ def place(x: jax.Array, sharding: NamedSharding, entries: Sequence[Any]) -> jax.
     if AxisType.Explicit in (sharding.mesh.axis_types or ()):
         return jax.sharding.reshard(x, target)
     return jax.lax.with_sharding_constraint(x, target)
+
+
+def manual(x: Any) -> Any:
+    """What the type of `x` says of the axes of a `shard_map` around; None where it says nothing."""
+    kind = getattr(jax.typeof(x), "manual_axis_type", None)
+    return kind if getattr(kind, "varying", None) else None
+
+
+def varying(x: Any) -> frozenset[str]:
+    """The mesh axes of a `shard_map` around, over which `x` differs from device to device."""
+    kind = manual(x)
+    return kind.varying if kind else frozenset()
+
+
+def vary(tree: Any, axes: Sequence[str]) -> Any:
+    """Arrays that count as varying over these axes of a `shard_map`, as those beside them do."""
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = tuple(axis for axis in axes if axis not in varying(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)

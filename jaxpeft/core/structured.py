@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxpeft.core.labels import View
-from jaxpeft.core.sharding import like
+from jaxpeft.core.sharding import like, manual, vary, varying
 
 Array = jax.Array
 
@@ -182,3 +183,22 @@ def unstack(weight: Array | Structured) -> tuple[Any, Callable[[Any], Any]] | No
 
 def restack(weight: Array | Structured) -> Array | Structured:
     return weight.restack() if isinstance(weight, Structured) else weight
+
+
+def alike(weight: Any) -> Any:
+    """Inside of a `shard_map`, a structured weight whose arrays all vary over the same axes."""
+    if not isinstance(weight, Structured):
+        return weight
+    axes = {axis for leaf in jax.tree.leaves(weight) for axis in varying(leaf)}
+    return vary(weight, tuple(sorted(axes)))
+
+
+def placeholder(weight: Any) -> Any:
+    """What stands for a weight while a program is traced: its shape and type."""
+    if not isinstance(weight, Structured):
+        return weight
+    kind = next((kind for leaf in jax.tree.leaves(weight) if (kind := manual(leaf))), None)
+    if kind is None:
+        return jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+    here = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec())
+    return jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=here, manual_axis_type=kind)

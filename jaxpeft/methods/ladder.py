@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpeft.core.method import Leaves, Method, Needs
+from jaxpeft.core.sharding import vary, varying
 from jaxpeft.core.site import Site
 from jaxpeft.core.tap import Here
 from jaxpeft.core.virtual import MASKS
@@ -115,7 +116,7 @@ def ladder(
             )
         leaves = {name: leaf.astype(x.dtype) for name, leaf in leaves.items()}
         side = {name: leaf for name, leaf in leaves.items() if name != "up"}
-        zero = jnp.zeros((*x.shape[:-1], width), x.dtype)
+        zero = vary(jnp.zeros((*x.shape[:-1], width), x.dtype), tuple(varying(x)))
         keys = visible(x.shape[-2], causal, here.inputs["mask"]) if heads else None
 
         def step(state: Array, layer: tuple[Array, Leaves]) -> tuple[Array, None]:

@@ -140,3 +140,42 @@ def test_a_training_step_of_a_scanned_decoder_equals_that_of_one_device():
     for leaves in (fresh["layers/mlp/up_proj/kernel"], end["layers/mlp/up_proj/kernel"]):
         spec = tuple(leaves["b"].sharding.spec)
         assert spec + (None,) * (3 - len(spec)) == (None, None, "model")
+
+
+STACK = {"w": jax.random.normal(jax.random.key(4), (3, 64, 64)) / 8}
+
+
+@pytest.mark.parametrize("fmt", [None, jp.quant.nf4()], ids=["dense", "nf4"])
+def test_a_training_step_inside_of_shard_map(fmt):
+    """A row of devices each: its part of the batch, with one adapter for all or one of its own."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    layer = jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), None))
+    model = lambda params, x: jax.lax.scan(layer, x, params["w"])[0]  # noqa: E731
+    params = STACK if fmt is None else jp.quantize(STACK, fmt)
+    tuned = jp.transform(model, jp.lora(2), strict=True)
+    x = jax.random.normal(jax.random.key(5), (8, 64))
+    one = jax.tree.map(lambda a: a + 0.1, tuned.init(jax.random.key(6), params, x))
+    own = jax.tree.map(lambda a: a[None] * jnp.arange(1.0, 5)[:, None, None, None], one)
+
+    def loss(adapter, x):
+        return jnp.sin(tuned.apply(adapter, params, x)).sum()
+
+    def step(adapter, params, x):
+        part = lambda adapter: jnp.sin(tuned.apply(adapter, params, x)).sum()  # noqa: E731
+        return jax.grad(lambda adapter: jax.lax.psum(part(adapter), "data"))(adapter)
+
+    def each(adapters, params, x):
+        value, grads = jax.value_and_grad(
+            lambda adapter: jnp.sin(tuned.apply(adapter, params, x)).sum()
+        )(jax.tree.map(lambda a: a[0], adapters))
+        return value[None], jax.tree.map(lambda a: a[None], grads)
+
+    def mapped(f, where):
+        return jax.jit(
+            jax.shard_map(f, mesh=mesh, in_specs=(where, P(), P("data")), out_specs=where)
+        )
+
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
+    jax.tree.map(close, mapped(step, P())(one, params, x), jax.grad(loss)(one, x))
+    parts = jax.vmap(jax.value_and_grad(loss))(own, x.reshape(4, 2, 64))
+    jax.tree.map(close, mapped(each, P("data"))(own, params, x), parts)
