@@ -123,6 +123,9 @@ def inline(eqn: Any, values: Values, inner: Inner) -> Values | None:
 def checkpoint(eqn: Any, values: Values, inner: Inner) -> Values | None:
     if not {"jaxpr", "prevent_cse", "policy"} <= set(eqn.params):
         return None
+    if eqn.params["policy"] is jax.checkpoint_policies.everything_saveable:
+        # The same without it, and then products with packed weights have policies of their own.
+        return inline(eqn, values, inner)
     jaxpr, consts = open_jaxpr(eqn.params["jaxpr"])
     again = jax.checkpoint(
         lambda args, states: inner.apart(jaxpr, consts, args, inner.taps, states),

@@ -1,5 +1,7 @@
 """Products with quantized weights under JAX's transforms equal those with the unpacked ones."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +106,27 @@ def test_forward_mode_and_second_derivatives(case):
     equal(ours, derivatives(dense))
     equal(ours[1], ours[2])
     equal(ours[3], ours[4])
+
+
+@pytest.mark.parametrize(
+    "name", ["dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable"]
+)
+def test_policies_of_checkpoint_save_no_unpacked_weight(name, case):
+    packed, _, _, adapters = case
+    policy, start = getattr(jax.checkpoint_policies, name), jax.tree.map(lambda a: a[0], adapters)
+
+    @functools.partial(jax.checkpoint, policy=policy)
+    def layer(h, w):
+        return jnp.tanh(h @ w), None
+
+    @functools.partial(jax.checkpoint, policy=policy)
+    def model(params, x):
+        return jnp.tanh(lax.scan(layer, x, params["w"])[0] @ params["w"][1].T)
+
+    tuned = jp.transform(model, jp.lora(2), strict=True)
+    kept = jax.eval_shape(lambda a, p: jax.vjp(lambda a: tuned.apply(a, p, X), a)[1], start, packed)
+    floats = [x for x in jax.tree.leaves(kept) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert floats and all(x.size < 64 * 64 for x in floats)
 
 
 def test_an_unrolled_model_unpacks_again_in_the_backward_pass():
