@@ -73,7 +73,7 @@ def pack_weight(layers: Iterable[np.ndarray], fmt: Format, name: Name, leaf: Any
     """
 
     def one(layer: np.ndarray) -> QuantizedWeight:
-        return pack(jnp.asarray(layer, leaf.dtype), fmt, axes_of(layer.shape, None))
+        return pack(jnp.asarray(layer, leaf.dtype), fmt, axes_of(layer.shape, None, name.path))
 
     try:
         if not name.stacked or len(leaf.shape) < 3:

@@ -108,7 +108,7 @@ def merge(
         axes = (
             base.axes
             if isinstance(base, QuantizedWeight)
-            else axes_of(base.shape, by_path.get(path))
+            else axes_of(base.shape, by_path.get(path), path)
         )
         update = _update(weight, base, axes)
         moved = absorb(weight, base)

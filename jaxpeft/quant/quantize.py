@@ -44,7 +44,7 @@ def quantize(
             `rules((pattern, format), ...)`, of which the first that matches a path wins.
         sites: how the model uses its parameters, from `tuned.sites(params, *inputs)`; they say
             which axes are inputs. Without them the last axis is the output, the one before it the
-            input, and any in front are stacks.
+            input, and any in front are stacks. Blocks of tables run along their features.
         dtype: that the weights show to the model, in which products are computed; their own when
             absent.
         compute: how products unpack the weight: "xla"; "pallas", fused kernels (GPU and TPU);
@@ -80,7 +80,7 @@ def quantize(
     def packed(path: str, leaf: Any) -> Any:
         if path not in chosen:
             return leaf
-        axes, own = axes_of(leaf.shape, by_path.get(path)), key_at(key, path)
+        axes, own = axes_of(leaf.shape, by_path.get(path), path), key_at(key, path)
         try:
             return pack(leaf, chosen[path], axes, dtype=dtype, compute=compute, key=own)
         except ValueError as error:
@@ -108,12 +108,23 @@ def key_at(key: jax.Array | None, path: str) -> jax.Array | None:
     return None if key is None else site_key(typed_key(key), path)
 
 
-def axes_of(shape: Sequence[int], site: Site | None) -> Axes:
-    """Which axes of a weight are stack, input and output."""
+def axes_of(shape: Sequence[int], site: Site | None, path: str = "") -> Axes:
+    """Which axes of a weight are stack, input and output.
+
+    The inputs of a table are its features, as they are to an output head that is tied to it: rows
+    that are looked up can be unpacked alone.
+    """
     if site is not None and site.linear:
-        return site.axes("stack", "batch"), site.axes("in"), site.axes("out", "")
+        stack, ins, outs = site.axes("stack", "batch"), site.axes("in"), site.axes("out", "")
+        return (stack, outs, ins) if site.table else (stack, ins, outs)
     n = len(shape)
-    return tuple(range(n - 2)), (n - 2,), (n - 1,)
+    stack, first, second = tuple(range(n - 2)), (n - 2,), (n - 1,)
+    return (stack, second, first) if n == 2 and _named_table(path) else (stack, first, second)
+
+
+def _named_table(path: str) -> bool:
+    """Whether a parameter is called as the tables of embeddings are."""
+    return "embed" in path.rpartition("/")[2]
 
 
 def canonical(weight: jax.Array, axes: Axes) -> jax.Array:
@@ -186,8 +197,7 @@ def is_usual(path: str, leaf: Any, fmt: Format, site: Site | None) -> bool:
         return False
     if site is not None:
         return site.linear and not site.table and _fits(leaf.shape, fmt, site)
-    name = path.rpartition("/")[2]
-    table = "embed" in name or name in ("bias", "scale", "pos_embedding")
+    table = _named_table(path) or path.rpartition("/")[2] in ("bias", "scale")
     return not table and _fits(leaf.shape, fmt, None)
 
 

@@ -143,7 +143,7 @@ def _start(
     found: dict[str, Leaves] = {}
 
     def begun(path: str, leaf: Any) -> Any:
-        fmt, axes = wanted.get(path), axes_of(leaf.shape, by_path.get(path))
+        fmt, axes = wanted.get(path), axes_of(leaf.shape, by_path.get(path), path)
         if path not in chosen:
             return leaf if fmt is None or _has(leaf, fmt) else repack(leaf, leaf, fmt, axes)[0]
         axes = leaf.axes if isinstance(leaf, QuantizedWeight) else axes

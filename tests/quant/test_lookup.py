@@ -51,3 +51,30 @@ def test_other_lookups_are_done_on_the_dense_table():
     for look in (lambda table, ids: table[ids], lambda table, ids: table[ids[0, 0], 2:5]):
         found = jp.lift(look)(packed, IDS)
         np.testing.assert_array_equal(found, look(packed.materialize(), IDS))
+
+
+TOKENS = jnp.array([[0, 39, 5], [7, 3, 20]])
+
+
+def test_a_tied_table_is_blocked_as_its_output_head_is():
+    """With sites and without: blocks of 64 fit the features, not the rows."""
+    params = {"wte": jax.random.normal(jax.random.key(0), (V, D)) / 8}
+    model = lambda p, ids: jnp.tanh(p["wte"][ids]) @ p["wte"].T  # noqa: E731
+    tuned = jp.transform(model, jp.rules(("wte", jp.lora(2))), strict=True)
+    rules = jp.rules(("wte", jp.quant.nf4()))
+    packed = jp.quantize(params, rules, sites=tuned.sites(params, TOKENS))
+    named = jp.quantize({"embedding": params["wte"]}, jp.rules(("embedding", jp.quant.nf4())))
+    jax.tree.map(np.testing.assert_array_equal, packed["wte"].packed, named["embedding"].packed)
+    plain = {"wte": packed["wte"].materialize()}
+    adapter = jax.tree.map(lambda a: a + 0.1, tuned.init(jax.random.key(1), packed, TOKENS))
+
+    def loss(adapter, params):
+        y = tuned.apply(adapter, params, TOKENS)
+        return jnp.sin(y).sum(), y
+
+    step = jax.jit(jax.grad(loss, has_aux=True))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
+    jax.tree.map(close, step(adapter, packed), step(adapter, plain))
+    np.testing.assert_allclose(
+        model(tuned.merge(adapter, packed), TOKENS), tuned.apply(adapter, packed, TOKENS), atol=1e-4
+    )
