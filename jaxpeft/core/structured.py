@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -66,6 +67,10 @@ class Structured:
         return len(self.shape)
 
     @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def stackable(self) -> bool:
         """Whether `restack` works, so that a scan may hand such weights out of its body."""
         return False
@@ -91,6 +96,17 @@ class Structured:
     def restack(self) -> Structured:
         """This weight, whose arrays have just grown a leading axis, as a stack of such weights."""
         raise NotImplementedError(f"{type(self).__name__} does not restack")
+
+    def _no_array(self, *_: Any, **__: Any) -> Any:
+        kind, axes = type(self).__name__, ",".join(map(str, self.shape))
+        raise TypeError(
+            f"{kind} {self.dtype}[{axes}] stands in params for an array and is none itself. Call "
+            "the model with it as `jp.lift(f)(params, *inputs)` or `tuned.apply`, or take the "
+            "dense array: `weight.materialize()`."
+        )
+
+    __array__ = __getitem__ = __matmul__ = __rmatmul__ = __mul__ = __rmul__ = _no_array
+    __add__ = __radd__ = __sub__ = __rsub__ = __truediv__ = __neg__ = _no_array
 
 
 def node(cls: type) -> Any:

@@ -19,7 +19,15 @@ from jaxpeft.quant.absorb import absorb
 from jaxpeft.quant.formats import Error, Format, Packed
 from jaxpeft.quant.formats.host import on_device
 from jaxpeft.quant.offload import fetched
-from jaxpeft.quant.quantize import Axes, axes_of, canonical, choose, key_at, whole_blocks
+from jaxpeft.quant.quantize import (
+    Axes,
+    axes_of,
+    canonical,
+    choose,
+    fits_nothing,
+    key_at,
+    whole_blocks,
+)
 from jaxpeft.quant.weight import QuantizedWeight, wrap
 
 
@@ -83,6 +91,7 @@ def merge(
 
     Raises:
         ValueError: as `tuned.merge` and `jaxpeft.quantize`.
+        TypeError: as `jaxpeft.quantize`.
 
     Example:
         >>> import jaxpeft as jp
@@ -137,7 +146,10 @@ def formats_wanted(rules: Any, pairs: Any, sites: Mapping[str, Site]) -> dict[st
         return choose(rules, list(shapes.items()), sites)
     fitting = (path for path in own if whole_blocks(quantized[path].packed_shape, rules))
     rest = [(path, shape) for path, shape in shapes.items() if path not in own]
-    return own | dict.fromkeys(fitting, rules) | choose(rules, rest, sites)
+    found = dict.fromkeys(fitting, rules) | choose(rules, rest, sites)
+    if not found:
+        raise ValueError(fits_nothing(rules, len(pairs)))
+    return own | found
 
 
 def repack(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from jaxpeft.quant.weight import QuantizedWeight, wrap
 
 COMPUTE = ("auto", "xla", "pallas", "interpret")
 Axes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+Leaves = Sequence[tuple[str, Any]]  # by path
 
 
 def quantize(
@@ -39,9 +41,10 @@ def quantize(
     a mesh as it is. Blocks run along its input axes.
 
     Args:
-        params: a tree of arrays.
-        rules: a format such as `jaxpeft.quant.nf4()`, for all matrices but embeddings; or
-            `rules((pattern, format), ...)`, of which the first that matches a path wins.
+        params: a tree of arrays, or of their `ShapeDtypeStruct`s for shapes alone.
+        rules: a format such as `jaxpeft.quant.nf4()`, for all matrices but embeddings whose inputs
+            are whole blocks (others stay dense); or `rules((pattern, format), ...)`, of which the
+            first that matches a path wins.
         sites: how the model uses its parameters, from `tuned.sites(params, *inputs)`; they say
             which axes are inputs. Without them the last axis is the output, the one before it the
             input, and any in front are stacks. Blocks of tables run along their features.
@@ -57,8 +60,9 @@ def quantize(
         A tree like `params`, where weights that a rule matches are `QuantizedWeight`s.
 
     Raises:
-        ValueError: if a rule matches nothing, a weight is not finite, a block does not divide its
-            input axis, or a key is given to a format that has no stochastic rounding.
+        ValueError: if nothing is packed, a rule matches nothing, a weight is not finite, the block
+            of a rule's format does not divide its input axis, or a key is given to a format that
+            has no stochastic rounding.
         TypeError: if `rules` holds something that is no format.
 
     Example:
@@ -76,6 +80,8 @@ def quantize(
     by_path = {site.path: site for site in sites or ()}
     pairs, tree = leaves_with_paths(params, is_leaf=lambda x: isinstance(x, Structured))
     chosen = choose(rules, pairs, by_path)
+    if not chosen:
+        raise ValueError(fits_nothing(rules, len(pairs)))
 
     def packed(path: str, leaf: Any) -> Any:
         if path not in chosen:
@@ -99,6 +105,9 @@ def pack(
     key: jax.Array | None = None,
 ) -> QuantizedWeight:
     """One weight, quantized; see `quantize`."""
+    if isinstance(weight, jax.ShapeDtypeStruct):
+        real = functools.partial(pack, fmt=fmt, axes=axes, dtype=dtype, compute=compute, key=key)
+        return jax.eval_shape(real, weight)
     arrays = formats.quantize(canonical(jnp.asarray(weight), axes), fmt, key=key)
     return wrap(arrays, fmt, weight.shape, axes=axes, dtype=dtype or weight.dtype, compute=compute)
 
@@ -148,7 +157,7 @@ def canonical(weight: jax.Array, axes: Axes) -> jax.Array:
 
 def choose(
     rules: Any,
-    pairs: Sequence[tuple[str, Any]],
+    pairs: Leaves,
     sites: Mapping[str, Site] | None = None,
     *,
     words: Sequence[str] = (),
@@ -172,18 +181,54 @@ def choose(
     if isinstance(rules, Format):
         return {path: rules for path, leaf in pairs if is_usual(path, leaf, rules, sites.get(path))}
     if not isinstance(rules, Rules):
-        raise TypeError(f"rules are a format or rules((pattern, format), ...), got {rules!r}.")
+        raise TypeError(_no_format(rules))
     found: dict[str, Any] = {}
     for where, fmt in rules.pairs:
         if not isinstance(fmt, Format) and fmt not in words:
-            raise TypeError(f"quantize: {where!r} is paired with {fmt!r}, which is no format.")
+            raise TypeError(f"rules pair {where!r} with what is none: {_no_format(fmt)}")
         matches: Callable[[str, Any], bool] = compile_pattern(where)
-        hits = [path for path, leaf in pairs if matches(path, leaf) and is_matrix(leaf)]
+        near = [(path, leaf) for path, leaf in pairs if matches(path, leaf)]
+        hits = [path for path, leaf in near if is_matrix(leaf)]
         if not hits:
-            raise ValueError(unmatched(where, [path for path, _ in pairs], "matrices"))
+            raise ValueError(_no_matrix(where, near, pairs))
         for path in hits:
             found.setdefault(path, fmt)
     return found
+
+
+def fits_nothing(rules: Any, count: int) -> str:
+    """Why a bare format packs nothing."""
+    return (
+        f"{rules} fits none of the {count} weights: it takes dense matrices whose inputs are whole "
+        "blocks, and no embeddings. Give another block, or sites=tuned.sites(params, *inputs) "
+        "where inputs are other axes, or jp.rules((pattern, format), ...), which says what is "
+        "wrong with a weight."
+    )
+
+
+def _no_format(given: Any) -> str:
+    name = given if isinstance(given, str) else getattr(given, "__name__", None)
+    known = name if name in formats.FORMATS else "nf4"
+    return (
+        f"{given!r} is no format. Write jp.quant.{known}(), or "
+        f"jp.rules((pattern, jp.quant.{known}()), ...)."
+    )
+
+
+def _no_matrix(where: Any, near: Leaves, pairs: Leaves) -> str:
+    """Why a rule packs nothing: what it matched, or that it matched nothing."""
+    if not near:
+        return unmatched(where, [path for path, _ in pairs], "weights")
+    path, leaf = near[0]
+    if isinstance(leaf, Structured):
+        return (
+            f"where={where!r} matched {path!r}, which is {leaf} already. Quantize the dense "
+            "params, or pack again with `jp.quant.merge(tuned, adapter, params, rules)`."
+        )
+    return (
+        f"where={where!r} matched {path!r}, which is {leaf.dtype}{tuple(leaf.shape)}: only float "
+        "weights of two axes or more are packed. Use another pattern."
+    )
 
 
 def is_matrix(leaf: Any) -> bool:

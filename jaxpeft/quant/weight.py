@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from jaxpeft.core.labels import Cut, Drop, Edit, Layout, Split, View
-from jaxpeft.core.memory import to_device
+from jaxpeft.core.memory import on_host, to_device
 from jaxpeft.core.scaled import scaled
 from jaxpeft.core.sharding import automatic, fitting, placed_as, spread
 from jaxpeft.core.structured import Contraction, Structured, node, static
@@ -44,7 +44,7 @@ class Taken:
 
 
 @node
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QuantizedWeight(Structured):
     """A weight as packed arrays of `(stack..., in, out)`.
 
@@ -63,6 +63,10 @@ class QuantizedWeight(Structured):
     compute: str = static(default="auto")
     name: str = static(default="")
     looped: bool = static(default=False)
+
+    def __repr__(self) -> str:
+        axes = ",".join(map(str, self.shape))
+        return f"QuantizedWeight({self.dtype}[{axes}], {self.format})"
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -98,9 +102,28 @@ class QuantizedWeight(Structured):
         return None if self.tail else self._sharding(self.packed)
 
     def materialize(self, dtype: DTypeLike | None = None) -> Array:
+        self._check_arrays()
         packed = to_device(dict(self.packed))
         dense = functools.partial(self._dense, jnp.dtype(dtype or self.dtype))
         return _viewed(self.tail, automatic(dense, self._sharding(packed), packed))
+
+    def _check_arrays(self) -> None:
+        """Refuses arrays that a cast of the whole tree, or a transform around it, has reached."""
+        for name, want in self.format.layout(self.packed_shape).items():
+            got = self.packed.get(name, want)
+            if got.dtype != want.dtype:
+                raise TypeError(
+                    f"{name!r} of {self} is {got.dtype}, not {want.dtype}: the arrays of a packed "
+                    "weight are not to be cast. Cast params before `jp.quantize`, and give it "
+                    "`dtype=` for the dtype that weights show to the model."
+                )
+            if tuple(got.shape) != want.shape:
+                raise TypeError(
+                    f"{name!r} of {self} is {tuple(got.shape)}, not {want.shape}. A vmap, scan or "
+                    "shard_map that takes packed params apart goes inside of the function that "
+                    "`jp.lift` or `jp.transform` takes; or pack the parts in the same way: "
+                    "`jax.vmap(lambda p: jp.quantize(p, fmt))(params)`."
+                )
 
     def _dense(self, dtype: Any, packed: dict[str, Array]) -> Array:
         matrix = decoded(packed, self.format, dtype)
@@ -170,19 +193,33 @@ class QuantizedWeight(Structured):
     def _edited(self, edit: Edit) -> QuantizedWeight | None:
         """The packed arrays and labels after an edit; the layout is set by who calls."""
         if edit.label not in self.groups[0] and isinstance(edit, Cut):
-            return None
+            return self._columns(edit)
         (stack, ins, outs), packed = self.groups, self.packed
         if not isinstance(edit, Cut):
             parts = tuple(label for label, _ in edit.parts) if isinstance(edit, Split) else ()
             stack, ins, outs = (_split(group, edit.label, parts) for group in self.groups)
         if edit.label in self.groups[0]:
-            change = functools.partial(_stack_edited, edit, self.groups[0].index(edit.label))
+            change = functools.partial(_axis_edited, edit, self.groups[0].index(edit.label))
             packed = {name: change(array) for name, array in packed.items()}
         return dataclasses.replace(self, packed=packed, groups=(stack, ins, outs))
+
+    def _columns(self, edit: Cut) -> QuantizedWeight | None:
+        """Some of the outputs: the same columns of each packed array that has a column for each."""
+        size, arrays = self.packed_shape[-1], self.packed.values()
+        if self.groups[2] != (edit.label,) or size == 1:
+            return None
+        if any(on_host(array) or array.shape[-1] not in (1, size) for array in arrays):
+            return None
+        packed = {
+            name: x if x.shape[-1] == 1 else _axis_edited(edit, x.ndim - 1, x)
+            for name, x in self.packed.items()
+        }
+        return dataclasses.replace(self, packed=packed)
 
     def contract(self, op: Contraction) -> Array | None:
         from jaxpeft.quant.product import product
 
+        self._check_arrays()
         return product(self, op)
 
     def unstack(self) -> tuple[Any, Callable[[Any], Structured]] | None:
@@ -217,7 +254,7 @@ def _split(labels: Labels, label: int, parts: Labels) -> Labels:
     return tuple(p for old in labels for p in (parts if old == label else (old,)))
 
 
-def _stack_edited(edit: Edit, axis: int, array: Array) -> Array:
+def _axis_edited(edit: Edit, axis: int, array: Array) -> Array:
     """A packed array after an edit of the label that its axis is."""
     if isinstance(edit, Drop):
         return jnp.squeeze(array, axis)

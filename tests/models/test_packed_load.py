@@ -406,7 +406,7 @@ def test_what_is_asked_for_has_to_make_sense(dense):
         load(dense, quantize="nf4")
     with pytest.raises(ValueError, match="quantize='keep'.*holds no packed weights"):
         load(dense, quantize="keep")
-    with pytest.raises(TypeError, match="got 4"):
+    with pytest.raises(TypeError, match="4 is no format. Write jp.quant.nf4"):
         load(dense, quantize=4)
     with pytest.raises(ValueError, match="'\\*\\*/upp/\\*' matched none"):
         load(dense, quantize=jp.rules(("**/upp/*", jp.quant.nf4())))

@@ -106,6 +106,8 @@ def test_what_cannot_be_packed_is_named(made):
         jp.quant.merge(tuned, adapter, packed, jp.rules(("out", jp.quant.nf4(128))))
     with pytest.raises(ValueError, match="matched none of the 4"):
         jp.quant.merge(tuned, adapter, packed, jp.rules(("in", jp.quant.nf4())))
+    with pytest.raises(ValueError, match="fits none of the 4 weights"):
+        jp.quant.merge(tuned, adapter, packed, jp.quant.nf4(4096))
     broken = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), adapter)
     with pytest.raises(ValueError, match="'layers'.* not finite"):
         jp.quant.merge(tuned, broken, packed, jp.rules(("layers", jp.quant.nf4())))

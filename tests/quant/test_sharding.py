@@ -179,3 +179,14 @@ def test_a_training_step_inside_of_shard_map(fmt):
     jax.tree.map(close, mapped(step, P())(one, params, x), jax.grad(loss)(one, x))
     parts = jax.vmap(jax.value_and_grad(loss))(own, x.reshape(4, 2, 64))
     jax.tree.map(close, mapped(each, P("data"))(own, params, x), parts)
+
+
+def test_packed_params_that_a_transform_takes_apart_say_where_to_pack():
+    packed, x = jp.quantize(STACK, jp.quant.nf4()), jnp.ones((2, 64))
+    call = jp.lift(lambda params, x: x @ params["w"], strict=True)
+    with pytest.raises(TypeError, match=r"\(32, 64\), not \(3, 32, 64\)"):
+        jax.vmap(call, (0, None))(packed, x)
+    layers = jax.vmap(lambda params: jp.quantize(params, jp.quant.nf4()))(STACK)
+    np.testing.assert_allclose(
+        jax.vmap(call, (0, None))(layers, x), x @ packed["w"].materialize(), atol=1e-4
+    )

@@ -1,5 +1,6 @@
 """Quantized weights in models: what products give, and what is kept for the backward pass."""
 
+import dataclasses
 import re
 
 import flax.linen as nn
@@ -169,10 +170,75 @@ def test_what_cannot_be_quantized_is_named():
         jp.quantize(params, jp.quant.nf4())
     with pytest.raises(ValueError, match=r"'b' of shape \(10, 8\)"):
         jp.quantize(params, jp.rules(("b", jp.quant.nf4())))
-    with pytest.raises(ValueError, match="matched none of the 2 matrices"):
+    with pytest.raises(ValueError, match="matched none of the 2 weights"):
         jp.quantize(params, jp.rules(("c/**", jp.quant.nf4())))
-    with pytest.raises(TypeError, match="no format"):
-        jp.quantize(params, jp.rules(("b", "nf4")))
+    for given in ("int8", jp.quant.int8):
+        for rules in (given, jp.rules(("b", given))):
+            with pytest.raises(TypeError, match=r"no format. Write jp\.quant\.int8\(\)"):
+                jp.quantize(params, rules)
+    with pytest.raises(ValueError, match="fits none of the 1 weights"):
+        jp.quantize({"b": params["b"]}, jp.quant.nf4())
+    with pytest.raises(ValueError, match=r"'n', which is int32\(4, 4\)"):
+        jp.quantize({"n": jnp.ones((4, 4), int)}, jp.rules(("n", jp.quant.int8())))
+
+
+def test_weights_are_packed_once():
+    packed = jp.quantize({"a": jnp.ones((64, 8))}, jp.quant.nf4())
+    with pytest.raises(ValueError, match=r"'a', which is QuantizedWeight\(.*NF4.*merge"):
+        jp.quantize(packed, jp.rules(("a", jp.quant.int8())))
+    with pytest.raises(ValueError, match="fits none of the 1 weights: it takes dense matrices"):
+        jp.quantize(packed, jp.quant.int8())
+
+
+def test_shapes_alone_are_packed_as_their_weights_are():
+    params = {"a": jnp.ones((3, 64, 8)), "b": jnp.ones(8)}
+    shapes = jp.quantize(jax.eval_shape(lambda: params), jp.quant.nf4())
+    expected = jax.eval_shape(lambda: jp.quantize(params, jp.quant.nf4()))
+    assert jax.tree.flatten(shapes) == jax.tree.flatten(expected)
+    assert shapes["a"].size == 3 * 64 * 8
+
+
+def test_a_packed_weight_outside_of_a_lifted_call_says_what_to_call():
+    weight, x = jp.quantize({"a": jnp.ones((64, 8))}, jp.quant.nf4())["a"], jnp.ones((2, 64))
+    uses = [lambda: x @ weight, lambda: np.asarray(x) @ weight, lambda: weight[0]]
+    uses += [lambda: weight * 2, lambda: np.asarray(weight), lambda: jnp.asarray(weight)]
+    for use in uses:
+        with pytest.raises(TypeError, match=r"float32\[64,8\] stands .* `jp.lift\(f\)"):
+            use()
+
+
+def test_packed_arrays_that_were_cast_are_refused():
+    """Scales in bfloat16 would be a little off, in silence."""
+    packed = jp.quantize({"a": jnp.ones((64, 8))}, jp.quant.nf4(double=False))
+    call, x = jp.lift(lambda params, x: x @ params["a"]), jnp.ones((2, 64))
+    cast = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), packed)
+    floats = dataclasses.replace(
+        packed["a"], packed=packed["a"].packed | {"absmax": cast["a"].packed["absmax"]}
+    )
+    for params in (cast, {"a": floats}):
+        with pytest.raises(TypeError, match=r"is bfloat16, not .* `dtype=`"):
+            call(params, x)
+
+
+def test_parts_and_multiples_of_a_weight_stay_packed():
+    """Columns are columns of the packed arrays, and numbers scale the result."""
+    x, gain = jax.random.normal(jax.random.key(1), (2, 64)), jnp.linspace(-2, 2, 12)
+    params = {"w": jax.random.normal(jax.random.key(0), (64, 12))}
+
+    def model(params, x):
+        w = params["w"]
+        parts = [x @ part for part in (*jnp.split(w, 3, 1), w[:, 1:9:2])]
+        at = jax.lax.dynamic_slice_in_dim(w, jnp.argmax(x[0, :3]), 4, 1)
+        return *parts, x @ at, x @ (w * 0.5), x @ (-w * gain), (w / gain) @ x.T[:12]
+
+    for fmt in FORMATS:
+        packed = jp.quantize(params, fmt)
+        program = jax.make_jaxpr(jp.lift(model, strict=True))(packed, x)
+        ours, theirs = jp.lift(model, strict=True)(packed, x), model(unpacked(packed), x)
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        # Of three parts each is unpacked by itself.
+        assert "f32[64,4]" in str(program)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
