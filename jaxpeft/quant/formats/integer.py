@@ -58,7 +58,7 @@ class Integer(Format):
             raise ValueError(f"{self.name}(zero={self.zero!r}): use one of {', '.join(ZEROS)}.")
 
     def layout(self, shape: Shape) -> Layout:
-        stack, rows, columns = split(shape, self.block or 2, choices=BLOCKS)
+        stack, rows, columns = split(shape, self.block or 8 // self.bits, choices=BLOCKS)
         per_scale = (*stack, rows // (self.block or rows), columns)
         kind = np.int8 if self.bits == 8 and self.symmetric else np.uint8
         arrays = {
