@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpeft.core.memory import on_host
-from jaxpeft.core.sharding import explicit
+from jaxpeft.core.sharding import explicit, vary, varying
 from jaxpeft.core.structured import Contraction
 from jaxpeft.quant import kernels, rows
 from jaxpeft.quant.lookup import lookup
@@ -199,7 +199,8 @@ def _tiled(weight: QuantizedWeight, op: Contraction, count: int, role: str) -> A
         return _joined(ys, op.out.shape, x.ndim - 1 if op.side == 1 else 0, pieces)
     xs = _piled(x, axis, pieces, count)
     wide = jnp.promote_types(dtype, jnp.float32)
-    start = jnp.zeros(op.out.shape, wide)
+    axes = frozenset().union(*map(varying, (x, *packed.values())))
+    start = vary(jnp.zeros(op.out.shape, wide), tuple(axes))
     total, _ = lax.scan(
         lambda sum_, tile: (sum_ + part(*tile).astype(wide), None), start, (packed, xs)
     )

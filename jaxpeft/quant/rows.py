@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from jaxpeft.core.sharding import vary, varying
 from jaxpeft.quant.formats import blocks
 from jaxpeft.quant.planes import Planes, abstract, columns, planes, values
 
@@ -65,7 +66,8 @@ def _totals(weight: Planes, x: Array, unroll: bool) -> list[Array]:
             for m, total in enumerate(totals)
         ]
 
-    start = [jnp.zeros((rows // steps, n), jnp.float32)] * len(x)
+    zero = jnp.zeros((rows // steps, n), jnp.float32)
+    start = [vary(zero, tuple(varying(x) | varying(codes)))] * len(x)
     totals = lax.fori_loop(0, steps, step, start, unroll=steps if unroll else 1)
     return [total.reshape(len(weight.scales[0]), -1, n).sum(1) for total in totals]
 

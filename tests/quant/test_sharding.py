@@ -145,17 +145,21 @@ def test_a_training_step_of_a_scanned_decoder_equals_that_of_one_device():
 STACK = {"w": jax.random.normal(jax.random.key(4), (3, 64, 64)) / 8}
 
 
-@pytest.mark.parametrize("fmt", [None, jp.quant.nf4()], ids=["dense", "nf4"])
-def test_a_training_step_inside_of_shard_map(fmt):
+@pytest.mark.parametrize(
+    "fmt, rows", [(None, 1), (jp.quant.nf4(), 1), (jp.quant.nf4(), 4)], ids=["dense", "few", "many"]
+)
+def test_a_training_step_inside_of_shard_map(fmt, rows, monkeypatch):
     """A row of devices each: its part of the batch, with one adapter for all or one of its own."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     layer = jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), None))
-    model = lambda params, x: jax.lax.scan(layer, x, params["w"])[0]  # noqa: E731
-    params = STACK if fmt is None else jp.quantize(STACK, fmt)
+    model = lambda params, x: jax.lax.scan(layer, x, params["w"])[0] @ params["last"].T  # noqa: E731
+    monkeypatch.setattr("jaxpeft.quant.product.TILE", 64 * 32 * 4)
+    dense = STACK | {"last": STACK["w"][1]}
+    params = dense if fmt is None else jp.quantize(dense, fmt, compute="xla")
     tuned = jp.transform(model, jp.lora(2), strict=True)
-    x = jax.random.normal(jax.random.key(5), (8, 64))
+    x = jax.random.normal(jax.random.key(5), (8 * rows, 64))
     one = jax.tree.map(lambda a: a + 0.1, tuned.init(jax.random.key(6), params, x))
-    own = jax.tree.map(lambda a: a[None] * jnp.arange(1.0, 5)[:, None, None, None], one)
+    own = jax.tree.map(lambda a: a[None] * jnp.arange(1.0, 5).reshape(4, *[1] * a.ndim), one)
 
     def loss(adapter, x):
         return jnp.sin(tuned.apply(adapter, params, x)).sum()
@@ -177,7 +181,7 @@ def test_a_training_step_inside_of_shard_map(fmt):
 
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
     jax.tree.map(close, mapped(step, P())(one, params, x), jax.grad(loss)(one, x))
-    parts = jax.vmap(jax.value_and_grad(loss))(own, x.reshape(4, 2, 64))
+    parts = jax.vmap(jax.value_and_grad(loss))(own, x.reshape(4, -1, 64))
     jax.tree.map(close, mapped(each, P("data"))(own, params, x), parts)
 
 
