@@ -47,7 +47,7 @@ COMMON = dict(
 )  # fmt: skip
 ROWS = [
     ("llama-2-7b", "qlora"), ("llama-2-7b", "lora"), ("llama-2-7b", "full"),
-    ("llama-3-8b", "qlora"),
+    ("llama-2-7b", "full, adam8bit"), ("llama-3-8b", "qlora"),
 ]  # fmt: skip
 TOKENS, RANK = (1, 512), 8
 CLAIMS = {
@@ -85,9 +85,9 @@ def training(shape: str, kind: str) -> tuple[Any, tuple[Any, ...]]:
     """A training step `(trained, state, frozen, tokens)` and the shapes of its arguments."""
     model, params = abstract(shape)
     tokens = jax.ShapeDtypeStruct(TOKENS, jnp.int32)
-    optimizer = optax.adamw(1e-4)
+    optimizer = jp.train.adam8bit(1e-4) if kind.endswith("adam8bit") else optax.adamw(1e-4)
     tuned = jp.transform(model, jp.rules(("**/{q,v}_proj/kernel", jp.lora(RANK))), strict=True)
-    if kind == "full":
+    if kind.startswith("full"):
         trained, frozen, apply = params, (), lambda trained, _, tokens: tuned.fn(trained, tokens)
     else:
         if kind == "qlora":

@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py                   SmolLM2-135M on sentences of movie reviews
     python benchmarks/quality.py --steps 0         the formats alone
+    python benchmarks/quality.py --formats --tune bfloat16 --optimizer adamw8bit
 
 Model and text come by name from `jaxpeft.assets`. The model's file is Q4_1, so that the dense base
 is itself dequantized from 4 bits: formats are measured against that base in bfloat16, not against
@@ -80,8 +81,9 @@ def batches(text: np.ndarray, size: int, steps: int) -> Iterator[Any]:
         yield jnp.asarray(text[order[np.arange(step * size, (step + 1) * size) % len(text)]])
 
 
-def tune(tuned: Any, adapter: Any, params: Any, data: Any, steps: int) -> Any:
-    optimizer = optax.adamw(optax.cosine_decay_schedule(RATE, steps), weight_decay=0.0)
+def tune(tuned: Any, adapter: Any, params: Any, data: Any, steps: int, name: str) -> Any:
+    rate = optax.cosine_decay_schedule(RATE, steps)
+    optimizer = jp.train.optimizer(rate, name=name, clip_norm=None)
 
     @jax.jit
     def step(adapter: Any, state: Any, params: Any, tokens: Any) -> Any:
@@ -104,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--formats", nargs="*", choices=everything, default=everything)
     parser.add_argument("--tune", nargs="*", choices=everything, default=["bfloat16", "nf4"])
+    parser.add_argument("--optimizer", default="adamw", help="or adamw8bit")
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=4)
@@ -130,10 +133,11 @@ def main() -> None:
     for name in arguments.tune:
         start, base = time.perf_counter(), quantized(name)
         data = batches(rows, arguments.batch, arguments.steps)
-        after = tune(tuned, adapter, base, data, arguments.steps)
+        after = tune(tuned, adapter, base, data, arguments.steps, arguments.optimizer)
         found = {"before": perplexity(adapter, base), "after": perplexity(after, base)}
         run = {"steps": arguments.steps, "rows": rows.shape, "learning_rate": RATE}
         found = {key: round(value, 3) for key, value in found.items()}
+        name += "" if arguments.optimizer == "adamw" else f", {arguments.optimizer}"
         keep(arguments.windows, "tuning", name, {**found, **run})
         print(name, round(time.perf_counter() - start), "s", flush=True)
 

@@ -67,7 +67,7 @@ class Cut(NamedTuple):
     """How arrays are cut: into `step` rows at a time of one axis.
 
     Attributes:
-        lead: the leading axes, as those of a larger array may be seen.
+        lead: the leading axes.
         axis: the one that is cut.
         pieces: equal parts of that axis, as many as devices can split it in. A chunk takes rows of
             each, so that none has to move to another device.
@@ -83,8 +83,8 @@ class Cut(NamedTuple):
     def of(cls, shape: Sequence[int], tile: int = 8, *, exact: bool = False) -> Cut | None:
         """The cut of an array into chunks of whole tiles; None if it is to stay whole.
 
-        An exact one leaves no rest, since XLA fetches all of an array for a slice of it that is not
-        in a loop.
+        An exact one, for arrays of the host, leaves no rest, since XLA fetches all of an array for
+        a slice of it that is not in a loop.
 
         Example:
             >>> Cut.of((50257, 768)), Cut.of((50257, 768), exact=True)
@@ -96,8 +96,6 @@ class Cut(NamedTuple):
         if size <= SMALL * devices:
             return None
         room = min(SIZE * devices, size // 2)
-        if devices == 1 and lead and lead[-1] % BYTES == 0:
-            lead = (math.prod(lead),)
         several = [cls._at(lead, i, shape[-1], room, tile, exact) for i in range(len(lead))]
         cuts = sorted(filter(None, several), key=lambda cut: cut.size(shape))
         fitting = [cut for cut in several if cut and cut.size(shape) <= room]
