@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Tests the transform on published models: transformers 4 and its torch models, Tunix, Mamba 2.
+# Tests the transform on published models: transformers 4 and its torch models, Tunix, Mamba 2,
+# equimo and penzai, dense and with packed weights.
 # They have an environment of their own, because transformers 4 is older than what jaxpeft needs.
 #
 #   scripts/third_party.sh [pytest arguments]

@@ -40,12 +40,40 @@ not take functions). lorax 0.3.1 cannot be imported with that jax. The columns a
 what is hard, not as a ranking: newer versions may do better.
 """
 
+PUBLISHED = """\
+# Published models
+
+Small random ones, with jax 0.10.2 and flax 0.12.8 on a CPU. "LoRA" is `jp.lora` on every linear map
+under `strict=True`, with outputs and gradients equal to those of the merged model. "nf4, int8" is
+the same over `jp.quantize`d weights, equal to LoRA over the weights that they stand for, and no
+dense weight is kept for the backward pass. Those marked with a star are `tests/third_party`, which
+`scripts/third_party.sh` runs; the others were run once by hand.
+
+| | models | LoRA | nf4, int8 | also |
+|---|---|---|---|---|
+| transformers 4.57.6, Flax * | Bert, Albert, BigBird, GPT-2, GPT-J, Llama | yes | yes | |
+| transformers 4.57.6, Flax * | Bart, Whisper, ViT, Dinov2, CLIP, ResNet | yes | yes | |
+| transformers 4.57.6, Flax * | Wav2Vec2 | yes | – | a normalized weight is dense, and told |
+| Tunix 0.1.7 * | Llama 3, Qwen 3, its experts, Gemma 3 | yes | yes | |
+| mamba2-jax 1.1.2 * | Mamba 2 | yes | yes | |
+| torchax 0.0.13 * | transformers' torch Llama, GPT-2, ViT | yes | yes | |
+| equimo 1.1.0 * | ViT, an equinox module | yes | yes | |
+| penzai 0.2.5 * | Llama, its layers in a scan, Gemma | yes | yes | |
+| gemma 3.3.0 | Gemma 3 | yes | yes | bottlenecks, LoReFT, prompts, prefixes |
+| jax-image-models 0.4.0 | ViT, with remat, CLIP | yes | yes | bottlenecks at layers of a scan |
+| flaxmodels 0.1.3 | ResNet-18 | yes | yes | its GPT-2 does not run with this jax |
+
+What has no whole blocks of a format, such as a first convolution of 7 x 7 x 3 inputs, stays dense.
+Prompt tuning does not reach penzai's models, which look up ids in the transpose of their tables.
+jimmy-vision 0.0.7 cannot be imported with that flax.
+"""
+
 
 def page() -> str:
     """The whole page as Markdown."""
     groups = itertools.groupby(CASES, key=lambda case: case.group)
     lines = [line for name, cases in groups for line in section(name, cases)]
-    return "\n".join([HEAD, *lines])
+    return "\n".join([HEAD, *lines, PUBLISHED])
 
 
 def section(name: str, cases: Iterable[Case]) -> Iterator[str]:

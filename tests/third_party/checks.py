@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpeft as jp
+from jaxpeft.core.tree import leaves_with_paths
 
 RANK = 2
+FORMATS = [jp.quant.nf4(32), jp.quant.int8()]
 Tree = Any
 
 
@@ -75,6 +77,62 @@ def check(example: Example, tuning: Any, paths: Iterable[str]) -> Tree:
             assert np.abs(grad).max() > 0, f"no gradient for {path}: {name}"
             close(grad, expected_grads[path][name], 1e-4, f"{path}: {name}")
     return adapter
+
+
+def check_packed(example: Example, fmt: Any, tuning: Any = None) -> list[str]:
+    """Holds LoRA over packed weights to what it gives over the weights that they stand for.
+
+    Returns the paths of the weights that were packed: all that products use, and whose inputs are
+    whole blocks of the format, but tables.
+    """
+    tuned = jp.transform(example.model, tuning or jp.lora(RANK), strict=True)
+    kwargs, inputs, params = example.kwargs, example.inputs, spread(example.params)
+    packed = jp.quantize(params, fmt, sites=tuned.sites(params, *inputs, **kwargs))
+    pairs, _ = leaves_with_paths(packed, is_leaf=is_packed)
+    weights = {path: leaf for path, leaf in pairs if is_packed(leaf)}
+    dense = jax.tree.map(dense_of, packed, is_leaf=is_packed)
+    adapter = filled(tuned.init(jax.random.key(0), packed, *inputs, **kwargs))
+
+    def apply(adapter: Tree, params: Tree) -> jax.Array:
+        return example.read(tuned.apply(adapter, params, *inputs, **kwargs))
+
+    def kept(adapter: Tree, params: Tree) -> Any:
+        return jax.vjp(lambda adapter: scalar(apply)(adapter, params)[0], adapter)[1]
+
+    @jax.jit
+    def run(adapter: Tree, *bases: Tree) -> Any:
+        f = jax.value_and_grad(scalar(apply), has_aux=True)
+        return [f(adapter, params) for params in bases]
+
+    ((_, got), grads), ((_, wanted), wanted_grads) = run(adapter, packed, dense)
+    close(got, wanted, 1e-5)
+    for path in grads:
+        for name, grad in grads[path].items():
+            close(grad, wanted_grads[path][name], 1e-4, f"{path}: {name}")
+    merged, wanted_merged = (tuned.merge(adapter, p) for p in (packed, dense))
+    for ours, theirs in zip(*map(jax.tree.leaves, (merged, wanted_merged)), strict=True):
+        if jnp.issubdtype(ours.dtype, jax.dtypes.prng_key):
+            continue
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+    shapes = {sides(shape) for w in weights.values() for shape in (w.shape, w.packed_shape)}
+    program = jax.make_jaxpr(kept)(adapter, packed).jaxpr
+    made = [v.aval for v in program.outvars if v not in program.invars]
+    assert not shapes & {sides(a.shape) for a in made if jnp.issubdtype(a.dtype, jnp.floating)}
+    return sorted(weights)
+
+
+def sides(shape: Iterable[int]) -> tuple[int, ...]:
+    """What a shape and those of its transposes have in common."""
+    return tuple(sorted(size for size in shape if size > 1))
+
+
+def is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, jp.quant.QuantizedWeight)
+
+
+def dense_of(leaf: Any) -> Any:
+    return leaf.materialize() if is_packed(leaf) else leaf
 
 
 def scalar(f: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, jax.Array]]:

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import jaxpeft as jp
-from tests.third_party.checks import RANK, Example, check
+from tests.third_party.checks import FORMATS, RANK, Example, check, check_packed
 
 pytestmark = [
     pytest.mark.third_party,
@@ -18,9 +18,9 @@ pytestmark = [
 
 DEPTH = 2
 IDS = jnp.arange(12).reshape(2, 6)
-SIZES = {"num_layers": DEPTH, "embed_dim": 16, "hidden_dim": 32, "num_heads": 4, "head_dim": 8}
-GQA = {**SIZES, "vocab_size": 64, "num_kv_heads": 2, "rope_theta": 10_000, "norm_eps": 1e-6}
-GEMMA = {**SIZES, "num_embed": 64, "sliding_window_size": 4, "param_dtype": jnp.float32}
+SIZES = {"num_layers": DEPTH, "embed_dim": 32, "hidden_dim": 64, "num_heads": 4, "head_dim": 8}
+GQA = {**SIZES, "vocab_size": 80, "num_kv_heads": 2, "rope_theta": 10_000, "norm_eps": 1e-6}
+GEMMA = {**SIZES, "num_embed": 80, "sliding_window_size": 4, "param_dtype": jnp.float32}
 ATTENTION = [f"attn/{name}_proj/w" for name in "qkvo"]
 MLP = [f"mlp/{name}_proj/kernel" for name in ("gate", "up", "down")]
 EXPERTS = [f"mlp/{name}_proj" for name in ("gate", "up", "down")]
@@ -66,14 +66,21 @@ def test_every_linear_map_of_tunix_is_found_and_tuned(name):
     check(tunix(*parts), jp.lora(RANK), layers + others)
 
 
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("name", TUNIX)
+def test_tunix_runs_on_packed_weights(name, fmt):
+    *parts, maps, others = TUNIX[name]
+    assert len(check_packed(tunix(*parts), fmt)) == DEPTH * len(maps) + len(others)
+
+
 def test_every_expert_of_tunix_has_its_own_pair():
     example = tunix(*TUNIX["Qwen 3: experts"][:3])
     rule = jp.rules(("**/mlp/gate_proj", jp.lora(RANK)))
     adapter = check(example, rule, [f"layers/{layer}/mlp/gate_proj" for layer in range(DEPTH)])
     leaves = adapter["layers/0/mlp/gate_proj"]
     assert {name: leaf.shape for name, leaf in leaves.items()} == {
-        "a": (4, RANK, 16),
-        "b": (4, RANK, 32),
+        "a": (4, RANK, 32),
+        "b": (4, RANK, 64),
     }
 
 
@@ -85,20 +92,34 @@ def test_the_state_of_a_tunix_model_may_be_abstract():
     adapter = tuned.init(jax.random.key(0), shapes, *example.inputs)
     assert len(adapter) == len(ATTENTION) * DEPTH
     assert sum(leaf.size for leaf in jax.tree.leaves(adapter)) == DEPTH * RANK * (
-        (16 + 32) + 2 * (16 + 16) + (32 + 16)
+        (32 + 32) + 2 * (32 + 16) + (32 + 32)
     )
+
+
+def mamba():
+    library = pytest.importorskip("mamba2_jax")
+    config = library.Mamba2Config(
+        vocab_size=80, hidden_size=32, state_size=8, head_dim=8, chunk_size=4,
+        num_hidden_layers=DEPTH,
+    )  # fmt: skip
+    model = library.Mamba2ForCausalLM(config, rngs=nnx.Rngs(0))
+    return as_example(model, (IDS,), lambda out: out["logits"])
+
+
+PROJECTIONS = [
+    f"backbone/layers/{i}/mixer/{name}/kernel"
+    for i in range(DEPTH)
+    for name in ("in_proj", "out_proj")
+]
 
 
 def test_the_projections_of_mamba_are_found_and_tuned():
     """Its depthwise convolution mixes no channels: a kernel of one row a channel has no rank."""
-    library = pytest.importorskip("mamba2_jax")
-    config = library.Mamba2Config(
-        vocab_size=64, hidden_size=16, state_size=8, head_dim=8, chunk_size=4,
-        num_hidden_layers=DEPTH,
-    )  # fmt: skip
-    model = library.Mamba2ForCausalLM(config, rngs=nnx.Rngs(0))
-    example = as_example(model, (IDS,), lambda out: out["logits"])
-    names = ("in_proj", "out_proj")
-    paths = [f"backbone/layers/{i}/mixer/{n}/kernel" for i in range(DEPTH) for n in names]
-    check(example, jp.lora(RANK), paths)
-    check(example, jp.rules(("**/in_proj/**", jp.lora(RANK))), paths[::2])
+    example = mamba()
+    check(example, jp.lora(RANK), PROJECTIONS)
+    check(example, jp.rules(("**/in_proj/**", jp.lora(RANK))), PROJECTIONS[::2])
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+def test_mamba_runs_on_packed_weights(fmt):
+    assert set(PROJECTIONS) <= set(check_packed(mamba(), fmt))

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from tests.third_party.checks import RANK, Example, check, distance, filled
+from tests.third_party.checks import (
+    FORMATS,
+    RANK,
+    Example,
+    check,
+    check_packed,
+    distance,
+    filled,
+)
 
 pytestmark = pytest.mark.third_party
 torch = pytest.importorskip("torch")
@@ -36,14 +44,14 @@ import torchax  # noqa: E402
 
 DEPTH = 2
 ENCODER = {
-    "hidden_size": 16,
+    "hidden_size": 32,
     "num_hidden_layers": DEPTH,
     "num_attention_heads": 2,
-    "intermediate_size": 32,
+    "intermediate_size": 64,
 }
-LLAMA = {**ENCODER, "vocab_size": 64, "num_key_value_heads": 1, "use_cache": False}
-GPT2 = {"vocab_size": 64, "n_embd": 16, "n_layer": DEPTH, "n_head": 2, "use_cache": False}
-VIT = {**ENCODER, "image_size": 16, "patch_size": 4}
+LLAMA = {**ENCODER, "vocab_size": 80, "num_key_value_heads": 1, "use_cache": False}
+GPT2 = {"vocab_size": 80, "n_embd": 32, "n_layer": DEPTH, "n_head": 2, "use_cache": False}
+VIT = {**ENCODER, "image_size": 16, "patch_size": 8, "num_labels": 5}
 IDS = np.arange(12, dtype=np.int32).reshape(2, 6)
 PIXELS = np.sin(np.arange(1536.0, dtype=np.float32)).reshape(2, 3, 16, 16)
 
@@ -88,6 +96,12 @@ def extract(model, inputs):
 def test_every_linear_map_is_found_and_tuned(case):
     model, inputs, paths = case
     check(extract(model, inputs), jp.lora(RANK), paths)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+def test_every_model_runs_on_packed_weights(case, fmt):
+    model, inputs, paths = case
+    assert check_packed(extract(model, inputs), fmt) == sorted(paths)
 
 
 def test_rules_choose_sites_by_the_names_of_the_checkpoint(case):

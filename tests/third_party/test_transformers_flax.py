@@ -11,7 +11,16 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft.core.tree import leaves_with_paths
-from tests.third_party.checks import RANK, Example, check, close, filled, spread
+from tests.third_party.checks import (
+    FORMATS,
+    RANK,
+    Example,
+    check,
+    check_packed,
+    close,
+    filled,
+    spread,
+)
 
 pytestmark = [
     pytest.mark.third_party,
@@ -24,29 +33,29 @@ if not hasattr(transformers, "FlaxBertModel"):
 
 DEPTH = 2
 ENCODER = {
-    "hidden_size": 16,
+    "hidden_size": 32,
     "num_hidden_layers": DEPTH,
     "num_attention_heads": 2,
-    "intermediate_size": 32,
+    "intermediate_size": 64,
 }
-TEXT = {**ENCODER, "vocab_size": 64, "max_position_embeddings": 64}
-VISION = {**ENCODER, "image_size": 16, "patch_size": 4}
+TEXT = {**ENCODER, "vocab_size": 80, "max_position_embeddings": 48, "num_labels": 5}
+VISION = {**ENCODER, "image_size": 16, "patch_size": 8, "num_labels": 5}
 GQA = {**TEXT, "num_key_value_heads": 1}
 SEQ2SEQ = {
-    "vocab_size": 64,
-    "d_model": 16,
+    "vocab_size": 80,
+    "d_model": 32,
     "encoder_layers": DEPTH,
     "decoder_layers": DEPTH,
     "encoder_attention_heads": 2,
     "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
 }
-GPT = {"vocab_size": 64, "n_embd": 16, "n_layer": DEPTH, "n_head": 2, "n_positions": 32}
+GPT = {"vocab_size": 80, "n_embd": 32, "n_layer": DEPTH, "n_head": 2, "n_positions": 40}
 CLIP = {"text_config": {**TEXT, "eos_token_id": 2}, "vision_config": VISION, "projection_dim": 8}
 WHISPER = {
     **SEQ2SEQ,
-    "num_mel_bins": 8,
+    "num_mel_bins": 32,
     "max_source_positions": 10,
     "max_target_positions": 16,
     "pad_token_id": 0,
@@ -54,15 +63,21 @@ WHISPER = {
     "eos_token_id": 2,
     "decoder_start_token_id": 1,
 }
-RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+RESNET = {
+    "embedding_size": 128,
+    "hidden_sizes": [128, 128],
+    "depths": [1, 1],
+    "layer_type": "bottleneck",
+    "num_labels": 5,
+}
 BIG_BIRD = {**TEXT, "attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1}
 
 IDS = {"input_ids": jnp.arange(14).reshape(2, 7)}
 LONG = {"input_ids": jnp.arange(96).reshape(2, 48) % 64}
-PIXELS = {"pixel_values": jnp.sin(jnp.arange(1536.0)).reshape(2, 3, 16, 16)}
+PIXELS = {"pixel_values": jnp.sin(jnp.arange(2304.0)).reshape(3, 3, 16, 16)}
 PAIR = {**IDS, "decoder_input_ids": IDS["input_ids"]}
 SOUND = {
-    "input_features": jnp.sin(jnp.arange(320.0)).reshape(2, 8, 20),
+    "input_features": jnp.sin(jnp.arange(1280.0)).reshape(2, 32, 20),
     "decoder_input_ids": IDS["input_ids"],
 }
 
@@ -72,7 +87,7 @@ MODELS = {
         "BertForSequenceClassification", "BertConfig", TEXT, IDS, 6 * DEPTH + 2),
     "Bert: a tied head": ("BertForMaskedLM", "BertConfig", TEXT, IDS, 6 * DEPTH + 1),
     "Albert: one layer run DEPTH times": (
-        "AlbertForMaskedLM", "AlbertConfig", {**TEXT, "embedding_size": 8}, IDS, 6 + 2),
+        "AlbertForMaskedLM", "AlbertConfig", {**TEXT, "embedding_size": 32}, IDS, 6 + 2),
     "BigBird: block sparse attention": (
         "BigBirdForMaskedLM", "BigBirdConfig", BIG_BIRD, LONG, 6 * DEPTH + 1),
     "GPT-2: transposed kernels, fused qkv, tied head": (
@@ -93,8 +108,7 @@ MODELS = {
     "CLIP: two towers, two projections, patches": (
         "CLIPModel", "CLIPConfig", CLIP, {**IDS, **PIXELS}, 2 * 6 * DEPTH + 3),
     "ResNet: stem, 3 convolutions in each block, one shortcut, classifier": (
-        "ResNetForImageClassification", "ResNetConfig", {**RESNET, "layer_type": "bottleneck"},
-        PIXELS, 1 + 2 * 3 + 1 + 1),
+        "ResNetForImageClassification", "ResNetConfig", RESNET, PIXELS, 1 + 2 * 3 + 1 + 1),
 }  # fmt: skip
 
 
@@ -115,6 +129,14 @@ def test_every_linear_map_is_found_and_tuned(name):
     kernels = [p for p, _ in leaves_with_paths(example.params)[0] if p.endswith("kernel")]
     assert len(kernels) == count
     check(example, jp.lora(RANK), kernels)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_runs_on_packed_weights(name, fmt):
+    *parts, count = MODELS[name]
+    stem = "stem" in name  # it has 3 x 7 x 7 inputs, which are no whole blocks of either format
+    assert len(check_packed(build(*parts), fmt)) == count - stem
 
 
 def test_rules_choose_the_sites_of_a_linen_module():
