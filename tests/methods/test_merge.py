@@ -31,7 +31,7 @@ CALLS = {
     "compacter": jp.compacter(width=2, phm=jp.phm(2)),
     "compacter_plus": jp.compacter_plus(width=2, phm=jp.phm(2)),
     "cpt": jp.cpt([5, 1], [1, 2]),
-    "deep_prompt": at("layers:in", jp.deep_prompt(1, inside="none")),
+    "deep_prompt": at("layers:in", jp.deep_prompt(1, inside="norm")),
     "direft": at("layers:out", jp.direft(2)),
     "fuse": at(MLP, jp.fuse(jp.bottleneck(2), jp.bottleneck(2))),
     "houlsby": jp.houlsby(width=2),
