@@ -24,6 +24,16 @@ _tap = jex.Primitive("tap")
 PER_HEAD = ("query", "key", "value", "context")
 
 
+def kind_per_head(name: str) -> str:
+    """Which side of an attention a boundary is, "key" for "attn:key_1" as well; "" if it is none.
+
+    >>> kind_per_head("attn:key_1"), kind_per_head("attn:out")
+    ('key', '')
+    """
+    kind, _, count = name.rpartition(":")[2].partition("_")
+    return kind if kind in PER_HEAD and (not count or count.isdigit()) else ""
+
+
 def tap(x: jax.Array, name: str, **sources: jax.Array) -> jax.Array:
     """`x`, marked as a place where methods that act on activations may work.
 
@@ -167,7 +177,7 @@ class Boundary(NamedTuple):
     @property
     def features(self) -> tuple[int, ...]:
         """The last axis; inside an attention the last two, heads and their width."""
-        return self.shape[-2:] if self.name.rpartition(":")[2] in PER_HEAD else self.shape[-1:]
+        return self.shape[-2:] if kind_per_head(self.name) else self.shape[-1:]
 
 
 def boundaries(jaxpr: Any, stack: tuple[int, ...] = ()) -> Iterator[Boundary]:

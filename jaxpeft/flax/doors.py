@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import linen, nnx
 
-from jaxpeft.core.arguments import argument_names
+from jaxpeft.core.arguments import Names, argument_names
 from jaxpeft.core.attention import mark_attention
 from jaxpeft.core.method import at_boundaries, methods_of, resolve, together
 from jaxpeft.core.site import Site
@@ -96,8 +96,10 @@ def as_function(model: Any, marks: Marks | None = None) -> Callable[..., Any]:
 
 
 def argument_namer(model: Any) -> Callable[[Mapping[str, Any]], tuple[str, ...]] | None:
-    """The names of the positional arguments of a module's call, or of the `method` called."""
-    return _Namer(type(model)) if isinstance(model, linen.Module | nnx.Module) else None
+    """The names of the positional arguments of a function, a module's call, or its `method`."""
+    if isinstance(model, linen.Module | nnx.Module):
+        return _Namer(type(model))
+    return Names(argument_names(model)[1:]) if callable(model) else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.core.site import Site
-from jaxpeft.core.tap import PER_HEAD, Here
+from jaxpeft.core.tap import Here, kind_per_head
 
 Array = jax.Array
 
@@ -36,7 +36,7 @@ def activation_named(activation: str | Callable[[Array], Array]) -> tuple[Callab
 
 def has_features(site: Site) -> bool:
     """Whether it is a call boundary with features last, `(..., features)`, not one of heads."""
-    return site.boundary and site.side not in PER_HEAD
+    return site.boundary and not kind_per_head(site.path)
 
 
 def widths(site: Site) -> dict[str, int]:

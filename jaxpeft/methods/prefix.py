@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxpeft.core.method import Leaves, Method, Needs
 from jaxpeft.core.site import Site
-from jaxpeft.core.tap import Here
+from jaxpeft.core.tap import Here, kind_per_head
 from jaxpeft.core.virtual import Virtual
 from jaxpeft.methods.prompt import check_count
 
@@ -149,7 +149,8 @@ def _gate(leaves: Leaves, h: Array) -> Array:
 
 
 def is_key_or_value(site: Site) -> bool:
-    return site.side in ("key", "value")
+    """Of any attention, "attn:key_1" of a second one in the same call as well."""
+    return kind_per_head(site.path) in ("key", "value")
 
 
 def _perceptron(key: Array, stack: Any, sizes: Any, dtype: Any) -> Leaves:

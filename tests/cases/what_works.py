@@ -58,7 +58,7 @@ dense weight is kept for the backward pass. Those marked with a star are `tests/
 | mamba2-jax 1.1.2 * | Mamba 2 | yes | yes | |
 | torchax 0.0.13 * | transformers' torch Llama, GPT-2, ViT | yes | yes | |
 | equimo 1.1.0 * | ViT, an equinox module | yes | yes | |
-| penzai 0.2.5 * | Llama, its layers in a scan, Gemma | yes | yes | |
+| penzai 0.2.5 * | Llama, its layers in a scan, Gemma | yes | yes | prefixes |
 | gemma 3.3.0 | Gemma 3 | yes | yes | bottlenecks, LoReFT, prompts, prefixes |
 | jax-image-models 0.4.0 | ViT, with remat, CLIP | yes | yes | bottlenecks at layers of a scan |
 | flaxmodels 0.1.3 | ResNet-18 | yes | yes | its GPT-2 does not run with this jax |

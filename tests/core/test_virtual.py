@@ -243,6 +243,23 @@ def test_a_prefix_is_seen_by_models_that_take_the_mask_from_the_ids():
     np.testing.assert_allclose(itself.apply(adapter, variables, TOKENS), want, atol=1e-6)
 
 
+def test_a_prefix_knows_the_arguments_and_all_attentions_of_a_function():
+    model, prefix = Linen(False), jp.prefix_tuning(N, names={"tokens": "words"})
+    variables = model.init(jax.random.key(0), TOKENS)
+
+    def function(variables, words):
+        return model.apply(variables, words)
+
+    tuned, alike = jp.transform(function, prefix), jp.transform(model, prefix)
+    adapter, other = (t.init(jax.random.key(1), variables, TOKENS) for t in (tuned, alike))
+    sides = [":key", ":value", ":key_1", ":value_1"]
+    assert sorted(adapter) == sorted(sides)
+    pairs = zip(other, sides, strict=True)
+    same = jp.Adapter({path: adapter[side] for path, side in pairs}, other.sites)
+    got, want = tuned.apply(adapter, variables, TOKENS), alike.apply(same, variables, TOKENS)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
 def test_a_prefix_in_some_attentions_alone_is_refused():
     module = Linen(False)
     variables = module.init(jax.random.key(0), TOKENS)
