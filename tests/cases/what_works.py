@@ -47,7 +47,7 @@ Small random ones, with jax 0.10.2 and flax 0.12.8 on a CPU. "LoRA" is `jp.lora`
 under `strict=True`, with outputs and gradients equal to those of the merged model. "nf4, int8" is
 the same over `jp.quantize`d weights, equal to LoRA over the weights that they stand for, and no
 dense weight is kept for the backward pass. Those marked with a star are `tests/third_party`, which
-`scripts/third_party.sh` runs; the others were run once by hand.
+`scripts/third_party.sh` runs; the others, and what "also" says of methods, were run once by hand.
 
 | | models | LoRA | nf4, int8 | also |
 |---|---|---|---|---|
