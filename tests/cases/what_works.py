@@ -63,7 +63,7 @@ dense weight is kept for the backward pass. Those marked with a star are `tests/
 | jax-image-models 0.4.0 | ViT, with remat, CLIP | yes | yes | bottlenecks at layers of a scan |
 | flaxmodels 0.1.3 | ResNet-18 | yes | yes | its GPT-2 does not run with this jax |
 
-What has no whole blocks of a format, such as a first convolution of 7 x 7 x 3 inputs, stays dense.
+What has no whole blocks of nf4, such as a first convolution of 7 x 7 x 3 inputs, stays dense.
 Prompt tuning does not reach penzai's models, which look up ids in the transpose of their tables.
 jimmy-vision 0.0.7 cannot be imported with that flax.
 """

@@ -135,7 +135,7 @@ def test_every_linear_map_is_found_and_tuned(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_runs_on_packed_weights(name, fmt):
     *parts, count = MODELS[name]
-    stem = "stem" in name  # it has 3 x 7 x 7 inputs, which are no whole blocks of either format
+    stem = fmt.name == "nf4" and "stem" in name  # it has 3 x 7 x 7 inputs, no whole blocks of 32
     assert len(check_packed(build(*parts), fmt)) == count - stem
 
 
