@@ -87,10 +87,11 @@ class Cut(NamedTuple):
         a slice of it that is not in a loop.
 
         Example:
-            >>> Cut.of((50257, 768)), Cut.of((50257, 768), exact=True)
-            (Cut(lead=(50257,), axis=0, pieces=1, step=2728), None)
-            >>> Cut.of((50304, 768), exact=True)
-            Cut(lead=(50304,), axis=0, pieces=1, step=2096)
+            >>> Cut.of((64, 768)) is None
+            True
+            >>> cut = Cut.of((2**18, 768), exact=True)
+            >>> cut.axis, cut.rows % cut.step
+            (0, 0)
         """
         devices, size, lead = jax.device_count(), math.prod(shape), tuple(shape[:-1])
         if size <= SMALL * devices:

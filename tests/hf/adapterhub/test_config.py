@@ -88,7 +88,7 @@ def test_invertible_adapters_of_the_first_version(tmp_path):
     "name, values, message",
     [
         ("seq_bn", {"non_lineraity": "relu"}, "non_lineraity='relu' is not known"),
-        ("seq_bn", {"reduction_factor": 0}, "reduction_factor=0 must be a positive number"),
+        ("seq_bn", {"reduction_factor": 0}, "reduction_factor=0 must be a number of 0.001 or more"),
         ("seq_bn", {"reduction_factor": {"one": 2}}, "reduction_factor"),
         ("seq_bn", {"mh_adapter": 1}, "mh_adapter=1 must be true or false"),
         ("seq_bn", {"scaling": "large"}, "scaling='large'"),
