@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: its tests, then what benchmarks measure there. About 20 minutes on an
-# H100. Results go to benchmarks/results/, with hardware and versions.
+# Everything that needs a GPU: its tests, then what benchmarks measure there. Nobody has run it yet;
+# it should take about 20 minutes on an H100. Results go to benchmarks/results/, with hardware and
+# versions.
 #
 #   scripts/gpu.sh
 #

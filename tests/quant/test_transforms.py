@@ -137,8 +137,26 @@ def test_an_unrolled_model_unpacks_again_in_the_backward_pass():
     params = jp.quantize({f"w{i}": PARAMS["w"][i] for i in range(3)}, jp.quant.nf4())
     model = jp.lift(lambda p, x: jnp.tanh(jnp.tanh(x @ p["w0"]) @ p["w1"]) @ p["w2"], strict=True)
     step = jax.jit(jax.grad(lambda x, p: model(p, x).sum())).lower(X, params).as_text()
-    barriers = [line for line in step.splitlines() if "optimization_barrier" in line]
-    assert sum("tensor<32x64xui8>" in line for line in barriers) == 3
+    assert barriers(step) == 3
+
+
+def test_a_layer_of_a_scan_shares_what_it_unpacks_with_its_gradients():
+    """The passes are loops of their own there, and a barrier would unpack and copy once more."""
+    params = jp.quantize({"w": PARAMS["w"]}, jp.quant.nf4())
+
+    def layers(p, x):
+        layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None), prevent_cse=False)
+        return jax.lax.scan(layer, x, p["w"])[0]
+
+    model = jp.lift(layers, strict=True)
+    step = jax.jit(jax.grad(lambda x, p: model(p, x).sum())).lower(X, params).as_text()
+    assert "stablehlo.while" in step and barriers(step) == 0
+
+
+def barriers(program):
+    """How many barriers of the program keep codes apart."""
+    lines = [line for line in program.splitlines() if "optimization_barrier" in line]
+    return sum("tensor<32x64xui8>" in line for line in lines)
 
 
 def test_an_index_that_a_loop_counts_cuts_an_axis_that_is_packed():
